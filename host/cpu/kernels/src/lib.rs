@@ -1,0 +1,1 @@
+//! clip-host-cpu-kernels
