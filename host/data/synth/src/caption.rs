@@ -6,6 +6,7 @@
 use crate::rng::Rng;
 use crate::scene::{Background, Colour, Corner, Object, Relation, Scene, Shape, Size, Texture, corner, relates};
 use crate::settings::Settings;
+use crate::vocab;
 
 /// What a caption says of one object; `None` where it is silent.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -190,7 +191,7 @@ pub struct Detail {
     pub omit: u32,
     /// Percentage of captions with a typing error.
     pub typo: u32,
-    /// Whether sizes that are neither small nor large may be told too.
+    /// Whether what goes without saying (medium size, plain surface) is often said.
     pub thorough: bool,
 }
 
@@ -204,15 +205,26 @@ impl Detail {
 /// Longest caption in WordPiece tokens, [CLS] and [SEP] included.
 pub const MAX_TOKENS: usize = 28;
 
-/// Writes a caption of at most [`MAX_TOKENS`] tokens and says what it claims.
-pub fn caption(scene: &Scene, detail: Detail, rng: &mut Rng) -> (String, Facts) {
+/// A caption and what is known of it.
+#[derive(Debug, Clone)]
+pub struct Caption {
+    /// As written.
+    pub text: String,
+    /// As meant: without typing errors. The vocabulary is made of these words.
+    pub spelled: String,
+    /// What it claims.
+    pub facts: Facts,
+}
+
+/// Writes a caption of at most [`MAX_TOKENS`] tokens.
+pub fn caption(scene: &Scene, detail: Detail, rng: &mut Rng) -> Caption {
     let mut detail = detail;
     loop {
-        let (words, facts) = compose(scene, detail, rng);
-        let (text, extra) = finish(words, detail, rng);
-        let tokens = text.split(|c: char| c == ' ' || c == '-').filter(|w| !w.is_empty()).count() + extra;
-        if tokens + 2 <= MAX_TOKENS {
-            return (text, facts);
+        let (spelled, facts) = compose(scene, detail, rng);
+        let (text, extra) = finish(spelled.clone(), detail, rng);
+        // Each word is one token, save a mistyped one, which may fall to its letters.
+        if vocab::words(&text).len() + extra + 2 <= MAX_TOKENS {
+            return Caption { text, spelled, facts };
         }
         // A long scene: leave out a little more each time, so that this ends.
         detail.omit = (detail.omit + 4).min(60);
@@ -227,7 +239,7 @@ fn phrase(object: &Object, detail: Detail, rng: &mut Rng) -> (String, Mention) {
     let told = |rng: &mut Rng, weight: u32| !rng.percent((detail.omit * weight / 10).min(95));
 
     let size = match object.size {
-        Size::Medium => detail.thorough && rng.percent(50),
+        Size::Medium => rng.percent(if detail.thorough { 50 } else { 6 }),
         _ => told(rng, 14),
     };
     if size {

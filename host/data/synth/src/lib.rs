@@ -62,7 +62,7 @@ impl Default for SynthConfig {
             val: 500,
             shard_size: 1_000,
             image_size: 64,
-            quality: 66,
+            quality: 54,
             difficulty: Difficulty::Standard,
             json: false,
             overwrite: false,
@@ -191,9 +191,9 @@ pub fn generate(config: &SynthConfig) -> Result<Summary> {
     let val = |index: usize| (held_out[index].clone(), rng::Rng::new(config.seed, VAL_PIXELS, index as u64));
     let val_shards = write_split(config, "val", config.val, &settings, val, &mut captions, &mut bytes)?;
 
-    let tokens = vocab::build(captions.iter().map(String::as_str));
+    let tokens = vocab::build(captions.iter().map(|c| c.spelled.as_str()));
     let index: HashMap<&str, usize> = tokens.iter().enumerate().map(|(i, t)| (t.as_str(), i)).collect();
-    let longest = captions.iter().map(|c| vocab::tokenize(c, &index).len() + 2).max().unwrap_or(2);
+    let longest = captions.iter().map(|c| vocab::tokenize(&c.text, &index).len() + 2).max().unwrap_or(2);
     let vocab = config.out.join("vocab.txt");
     let text: String = tokens.iter().flat_map(|t| [t.as_str(), "\n"]).collect();
     shard::write_atomically(&vocab, text.as_bytes()).map_err(io_error("write", &vocab))?;
@@ -235,7 +235,7 @@ fn write_split(
     count: usize,
     settings: &Settings,
     sample: impl Fn(usize) -> (Sample, rng::Rng) + Sync,
-    captions: &mut Vec<String>,
+    captions: &mut Vec<caption::Caption>,
     bytes: &mut u64,
 ) -> Result<Vec<PathBuf>> {
     let mut shards = Vec::new();
@@ -253,7 +253,7 @@ fn write_split(
             let key = format!("{index:09}");
             let add = |shard: &mut Shard| -> io::Result<()> {
                 shard.add(&format!("{key}.jpg"), &jpeg)?;
-                shard.add(&format!("{key}.txt"), sample.caption.as_bytes())?;
+                shard.add(&format!("{key}.txt"), sample.caption.text.as_bytes())?;
                 if config.json {
                     shard.add(&format!("{key}.json"), metadata(&key, &sample, config).as_bytes())?;
                 }
@@ -317,7 +317,7 @@ fn encode(
 fn metadata(key: &str, sample: &Sample, config: &SynthConfig) -> String {
     let side = config.image_size;
     serde_json::json!({
-        "url": "", "caption": sample.caption, "key": key, "status": "success", "error_message": null,
+        "url": "", "caption": sample.caption.text, "key": key, "status": "success", "error_message": null,
         "width": side, "height": side, "original_width": side, "original_height": side, "exif": "{}",
     })
     .to_string()
@@ -327,7 +327,7 @@ fn metadata(key: &str, sample: &Sample, config: &SynthConfig) -> String {
 fn necessary_facts(samples: &[Sample]) -> f64 {
     let (mut all, mut necessary) = (0usize, 0usize);
     for (index, sample) in samples.iter().enumerate() {
-        for weaker in sample.facts.weakenings() {
+        for weaker in sample.caption.facts.weakenings() {
             all += 1;
             let others = samples.iter().enumerate().filter(|(other, _)| *other != index);
             necessary += usize::from(others.into_iter().any(|(_, other)| weaker.hold(&other.scene)));

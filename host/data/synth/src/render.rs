@@ -203,7 +203,8 @@ impl Backdrop {
         (crate::rng::mix(self.seed ^ key as u64) >> 40) as f32 * (1.0 / 16_777_216.0)
     }
 
-    fn at(&self, x: f32, y: f32) -> Rgb {
+    /// The colour at a point, before [`Background::wash`].
+    fn pattern(&self, x: f32, y: f32) -> Rgb {
         let [first, second] = self.colours;
         let [px, py] = self.phase;
         let s = self.scale;
@@ -304,7 +305,7 @@ pub fn render(scene: &Scene, size: usize, settings: &Settings, rng: &mut Rng) ->
                     }
                 }
                 let colour = colour.unwrap_or_else(|| {
-                    let mut c = backdrop.at(x, y);
+                    let mut c = backdrop.kind.wash(backdrop.pattern(x, y));
                     for speck in &specks {
                         let (dx, dy) = (x - speck[0], y - speck[1]);
                         if dx * dx + dy * dy < speck[2] * speck[2] {

@@ -63,7 +63,15 @@ impl Colour {
 }
 
 impl Background {
-    /// The colours that an object has to stand out from.
+    /// Daylight backgrounds are washed out, so that saturated colours belong to objects.
+    pub fn wash(self, colour: [f32; 3]) -> [f32; 3] {
+        match self {
+            Self::Dark | Self::Night => colour,
+            _ => colour.map(|channel| channel + (232.0 - channel) * 0.4),
+        }
+    }
+
+    /// The main colours, before [`Background::wash`].
     pub fn palette(self) -> [[f32; 3]; 2] {
         match self {
             Self::Cream => [[240.0, 230.0, 204.0]; 2],
@@ -88,7 +96,7 @@ fn distance_squared(a: [f32; 3], b: [f32; 3]) -> f32 {
 
 /// Whether the colour stands out from the background.
 pub fn stands_out(colour: Colour, background: Background) -> bool {
-    background.palette().iter().all(|&base| distance_squared(colour.rgb(), base) > 72.0 * 72.0)
+    background.palette().iter().all(|&base| distance_squared(colour.rgb(), background.wash(base)) > 72.0 * 72.0)
 }
 
 /// One object. `x`, `y` and `radius` are in units of 1/64 of the picture's side, whatever its size in pixels.
@@ -174,9 +182,9 @@ pub fn relates(relation: Relation, objects: [&Object; 3], strict: bool) -> bool 
 /// A radius within the range of the size class.
 fn radius(size: Size, rng: &mut Rng) -> f32 {
     match size {
-        Size::Small => rng.range(5.4, 6.2),
-        Size::Medium => rng.range(8.4, 9.4),
-        Size::Large => rng.range(12.6, 14.2),
+        Size::Small => rng.range(6.6, 7.4),
+        Size::Medium => rng.range(10.0, 11.0),
+        Size::Large => rng.range(14.4, 16.0),
     }
 }
 
@@ -208,7 +216,7 @@ pub fn is_sound(scene: &Scene) -> bool {
             && outer.size == Size::Large
             && can_hold(outer.shape)
             && matches!(outer.texture, Texture::Plain | Texture::Outlined)
-            && distance_squared(inner.colour.rgb(), outer.colour.rgb()) > 90.0 * 90.0;
+            && distance_squared(inner.colour.rgb(), outer.colour.rgb()) > 125.0 * 125.0;
     }
     true
 }

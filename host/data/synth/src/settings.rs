@@ -64,10 +64,10 @@ impl Difficulty {
                 family: 3,
             },
             Self::Standard => Settings {
-                objects: [60, 30, 10],
-                clutter: 6,
+                objects: [76, 22, 2],
+                clutter: 4,
                 noise: 1.0,
-                jitter: 14.0,
+                jitter: 10.0,
                 tilt: 0.12,
                 omit: 20,
                 typo: 3,

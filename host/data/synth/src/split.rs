@@ -4,7 +4,7 @@
 //! picture shows both kinds of such a pair, and the two main objects of every held-out picture are one. Held-out
 //! scenes come in families of near neighbours: a first scene and others that differ from it in one attribute.
 
-use crate::caption::{Detail, Facts, caption};
+use crate::caption::{Caption, Detail, caption};
 use crate::rng::{Rng, mix};
 use crate::scene::{Background, Colour, Object, Relation, Scene, Shape, Size, Texture, is_sound, place, sample};
 use crate::settings::Settings;
@@ -14,10 +14,8 @@ use crate::settings::Settings;
 pub struct Sample {
     /// Content of the picture.
     pub scene: Scene,
-    /// Caption as written.
-    pub caption: String,
-    /// What the caption claims.
-    pub facts: Facts,
+    /// What is said of it.
+    pub caption: Caption,
 }
 
 const TRAIN: u64 = 1;
@@ -38,8 +36,8 @@ fn shows_held_out(seed: u64, scene: &Scene) -> bool {
 pub fn train_sample(seed: u64, index: usize, settings: &Settings) -> (Sample, Rng) {
     let mut rng = Rng::new(seed, TRAIN, index as u64);
     let scene = sample(&mut rng, settings, |scene| !shows_held_out(seed, scene));
-    let (caption, facts) = caption(&scene, Detail::training(settings), &mut rng);
-    (Sample { scene, caption, facts }, rng)
+    let caption = caption(&scene, Detail::training(settings), &mut rng);
+    (Sample { scene, caption }, rng)
 }
 
 /// The held-out samples: every caption is true of its own picture and of no other held-out one.
@@ -117,7 +115,7 @@ fn neighbour(scene: &Scene, rng: &mut Rng) -> Option<Scene> {
 
 /// A caption that is false of all others, while theirs are false of this scene; more is told at each attempt.
 fn tell_apart(scene: Scene, others: &[Sample], settings: &Settings, rng: &mut Rng) -> Option<Sample> {
-    if others.iter().any(|other| other.facts.hold(&scene)) {
+    if others.iter().any(|other| other.caption.facts.hold(&scene)) {
         return None;
     }
     for attempt in 0..24 {
@@ -126,9 +124,9 @@ fn tell_apart(scene: Scene, others: &[Sample], settings: &Settings, rng: &mut Rn
             typo: settings.typo,
             thorough: attempt > 4,
         };
-        let (caption, facts) = caption(&scene, detail, rng);
-        if others.iter().all(|other| !facts.hold(&other.scene)) {
-            return Some(Sample { scene, caption, facts });
+        let caption = caption(&scene, detail, rng);
+        if others.iter().all(|other| !caption.facts.hold(&other.scene)) {
+            return Some(Sample { scene, caption });
         }
     }
     None

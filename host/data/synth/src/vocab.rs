@@ -6,9 +6,6 @@ use std::collections::{BTreeMap, HashMap};
 /// BERT's special tokens, in the order of their ids here; `[PAD]` is 0.
 pub const SPECIAL: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
 
-/// Words seen less often than this are left to the letters: they are typing errors.
-const MIN_COUNT: usize = 4;
-
 /// Lower-cases, deletes punctuation and splits: the cleaning that retrieval studies apply to captions.
 pub fn words(caption: &str) -> Vec<String> {
     let mut text = String::with_capacity(caption.len());
@@ -22,7 +19,8 @@ pub fn words(caption: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-/// The vocabulary: special tokens, letters and digits, their `##` continuations, then words by falling frequency.
+/// The vocabulary of correctly spelled captions: special tokens, letters and digits, their `##` continuations (to which
+/// mistyped words fall), then words by falling frequency.
 pub fn build<'a>(captions: impl Iterator<Item = &'a str>) -> Vec<String> {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for caption in captions {
@@ -34,8 +32,7 @@ pub fn build<'a>(captions: impl Iterator<Item = &'a str>) -> Vec<String> {
     let alphabet = || ('a'..='z').chain('0'..='9');
     tokens.extend(alphabet().map(String::from));
     tokens.extend(alphabet().map(|c| format!("##{c}")));
-    let mut frequent: Vec<(String, usize)> =
-        counts.into_iter().filter(|(word, count)| word.len() > 1 && *count >= MIN_COUNT).collect();
+    let mut frequent: Vec<(String, usize)> = counts.into_iter().filter(|(word, _)| word.len() > 1).collect();
     // The map was in alphabetical order and the sort is stable, so ties are settled.
     frequent.sort_by(|a, b| b.1.cmp(&a.1));
     tokens.extend(frequent.into_iter().map(|(word, _)| word));

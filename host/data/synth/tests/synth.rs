@@ -60,7 +60,7 @@ fn same_seed_same_bytes() {
     assert!(left.is_empty(), "temporary files are left: {left:?}");
 }
 
-const PINNED: u64 = 0x2a85_fd93_b74f_f1d7;
+const PINNED: u64 = 0x9150_8f72_165f_9003;
 
 #[test]
 fn members_are_what_img2dataset_writes() {
@@ -116,11 +116,11 @@ fn no_held_out_combination_is_trained_on() {
 #[test]
 fn a_held_out_caption_is_true_of_its_own_picture_only() {
     let samples = val_samples(1, 500, &Difficulty::Standard.settings());
-    let texts: HashSet<&str> = samples.iter().map(|s| s.caption.as_str()).collect();
+    let texts: HashSet<&str> = samples.iter().map(|s| s.caption.text.as_str()).collect();
     assert_eq!(texts.len(), samples.len());
     for (i, sample) in samples.iter().enumerate() {
         for (j, other) in samples.iter().enumerate() {
-            assert_eq!(sample.facts.hold(&other.scene), i == j, "{:?} and picture {j}", sample.caption);
+            assert_eq!(sample.caption.facts.hold(&other.scene), i == j, "{:?} and picture {j}", sample.caption);
         }
     }
 }
