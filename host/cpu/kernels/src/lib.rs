@@ -1,1 +1,35 @@
-//! clip-host-cpu-kernels
+//! f32 kernels of the CPU backend, over raw slices: no graph types, no allocation once warm.
+//!
+//! One kernel family is one file. All of them take a [`ThreadPool`], which carries the worker threads, their scratch
+//! memory and the instruction set in use ([`Isa`]). **Every kernel gives the same bits for any number of threads**:
+//! sums are taken in an order fixed by the shapes alone. Different instruction sets may differ in the last bits,
+//! because fused multiply-add rounds once and a separate multiply and add round twice.
+//!
+//! | file | contents |
+//! |---|---|
+//! | `threads` | worker threads, scratch memory, disjoint writes |
+//! | `isa` | run-time choice of the instruction set |
+//! | `microkernel` | register tiles of the matrix multiplication, transposes for packing |
+//! | `blocked` | the blocked multiplication shared by matmul and convolution |
+//! | `gemm` | batched, strided matrix multiplication |
+//! | `conv` | 2-D convolution, NHWC, as implicit matrix multiplication |
+//! | `depthwise` | direct convolution for one channel per group |
+//!
+//! Activations are NHWC; convolution weights keep PyTorch's `[out, in / groups, height, width]`.
+//!
+//! Shapes are the caller's invariant: kernels check the largest offset of every operand once at entry and panic with
+//! the two sizes when a slice is too short, so that no input can make them read or write out of bounds. Values that
+//! come from data (row ids) are checked too, and answered with a typed error.
+
+mod blocked;
+pub mod conv;
+mod depthwise;
+pub mod gemm;
+pub mod isa;
+mod microkernel;
+pub mod threads;
+
+pub use conv::{ConvShape, conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
+pub use gemm::{Gemm, gemm};
+pub use isa::Isa;
+pub use threads::{SharedMut, ThreadPool};

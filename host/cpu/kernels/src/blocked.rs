@@ -1,0 +1,496 @@
+//! The blocked multiplication shared by matmul and convolution: `C (+)= alpha * A * B (+ bias)`.
+//!
+//! After Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): blocks of A and B are
+//! packed into panels in the order in which the micro-kernel reads them. Where the operands come from is abstract
+//! ([`Panels`]), so that a convolution packs straight from the activation and never stores its patches.
+//!
+//! Each element of C is a sum over blocks of the depth, whose limits depend on the shape alone, and each block is
+//! summed in ascending order by one thread: how C is cut into tasks has no influence on the result. Where C is too
+//! small for tasks enough and the depth is long, the depth is cut into chunks, a number fixed by the shape, whose
+//! partial products are added in ascending order.
+
+use crate::microkernel::{MAX_MR, MicroKernels, SLACK, Tile, micro_kernels};
+use crate::threads::{SharedMut, ThreadPool};
+
+/// Depth of a packed block: a panel of A (12 x 384 floats, 18 KiB) stays in L1.
+const DEPTH: usize = 384;
+/// Rows of a packed block of A.
+const ROWS: usize = 96;
+/// Columns of a task: the block of B (384 x 384 floats, 576 KiB) stays in L2.
+const COLS: usize = 384;
+/// Tasks that a split of the depth aims for.
+const SPLIT_TASKS: usize = 32;
+/// Largest C for which the depth is split, in elements.
+const SPLIT_ELEMENTS: usize = 256 * 1024;
+/// Largest B that is packed as a whole, in floats.
+const PACKED_B: usize = 4 << 20;
+
+/// Shared scratch: B packed as a whole.
+const SLOT_B: usize = 0;
+/// Shared scratch: partial products of the chunks of the depth.
+const SLOT_PARTIAL: usize = 1;
+/// Shared scratch for the caller of [`multiply`].
+pub(crate) const SLOT_CALLER: usize = 2;
+
+/// An operand: a matrix of lines (rows of A, columns of B) by depth, for each batch.
+pub(crate) trait Panels: Sync {
+    /// Packs a panel: `dst[k * width + line]` for the lines from `line` to `line + lines` (at most `width`) and the
+    /// depth from `depth` to `depth + len`.
+    ///
+    /// # Safety
+    /// The range is within the operand, and `dst` is writable for `len * width + SLACK` floats; what lies beyond
+    /// `lines` in a row, and in the slack, is undefined afterwards.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn pack(
+        &self,
+        kernels: &MicroKernels,
+        batch: usize,
+        line: usize,
+        lines: usize,
+        depth: usize,
+        len: usize,
+        dst: *mut f32,
+        width: usize,
+    );
+}
+
+/// Where the rows of C lie.
+pub(crate) trait Rows: Sync {
+    /// Offset of the first element of each of `offsets.len()` rows from `row` on.
+    fn offsets(&self, batch: usize, row: usize, offsets: &mut [usize]);
+}
+
+/// A multiplication to do; the two operands and the rows of C are given beside it.
+pub(crate) struct Problem<'a> {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub batch: usize,
+    pub alpha: f32,
+    pub accumulate: bool,
+    /// Per column, `batch * bias_stride` further for each batch.
+    pub bias: Option<&'a [f32]>,
+    pub bias_stride: usize,
+}
+
+/// Runs the multiplication.
+///
+/// # Safety
+/// Every element that the problem names is inside the operands and inside C, and no two rows of C overlap.
+pub(crate) unsafe fn multiply<A: Panels, B: Panels, C: Rows>(
+    pool: &ThreadPool,
+    problem: &Problem,
+    a: &A,
+    b: &B,
+    c: SharedMut<'_, f32>,
+    rows: &C,
+) {
+    let p = problem;
+    if p.m == 0 || p.n == 0 || p.batch == 0 {
+        return;
+    }
+    if p.k == 0 {
+        fill_empty(p, c, rows);
+        return;
+    }
+    let kernels = micro_kernels(pool.isa());
+    let depth = block_depth(p.k);
+    let (chunks, chunk) = depth_chunks(p, depth);
+    let run = Run { kernels, problem: p, a, b, depth };
+    if chunks > 1 {
+        // SAFETY: as promised by the caller.
+        unsafe { run.split(pool, c, rows, chunks, chunk) };
+        return;
+    }
+
+    // Few threads want large tasks, many threads want many; the result does not depend on it.
+    let mut rows_per_task = ROWS;
+    let mut cols_per_task = COLS;
+    let tasks = |rows: usize, cols: usize| p.batch * p.m.div_ceil(rows) * p.n.div_ceil(cols);
+    if p.batch >= 4 * pool.threads() && p.k * p.n <= PACKED_B / 16 && p.m <= 8 * ROWS {
+        // Many small products: each is one task that packs its own B.
+        rows_per_task = p.m;
+    } else {
+        while tasks(rows_per_task, cols_per_task) < 4 * pool.threads() && cols_per_task > 128 {
+            cols_per_task -= 128;
+        }
+        while tasks(rows_per_task, cols_per_task) < 4 * pool.threads() && rows_per_task > 48 {
+            rows_per_task /= 2;
+        }
+    }
+    if p.m <= rows_per_task {
+        let grid = Grid { batches: 0..p.batch, cols: 0..p.n, rows_per_task, cols_per_task };
+        // SAFETY: as promised by the caller.
+        unsafe { run.grid(pool, c, rows, &grid, None) };
+        return;
+    }
+    // B is used by several tasks: pack all of it first, or as much at a time as the limit allows.
+    let padded = p.n.next_multiple_of(kernels.nr);
+    let batches = (PACKED_B / (p.k * padded)).clamp(1, p.batch);
+    let cols = if p.k * padded <= PACKED_B { padded } else { (PACKED_B / p.k / COLS * COLS).max(COLS) };
+    let mut packed = pool.shared_scratch(SLOT_B, batches * p.k * cols.min(padded) + SLACK);
+    let packed = SharedMut::new(&mut packed);
+    for first in (0..p.batch).step_by(batches) {
+        for col in (0..p.n).step_by(cols) {
+            let grid = Grid {
+                batches: first..p.batch.min(first + batches),
+                cols: col..p.n.min(col + cols),
+                rows_per_task,
+                cols_per_task,
+            };
+            // SAFETY: as promised by the caller.
+            unsafe {
+                run.pack_b(pool, packed, &grid);
+                run.grid(pool, c, rows, &grid, Some(packed));
+            }
+        }
+    }
+}
+
+/// Depth of the blocks: even parts of at most `DEPTH`.
+fn block_depth(k: usize) -> usize {
+    k.div_ceil(k.div_ceil(DEPTH)).next_multiple_of(4)
+}
+
+/// Into how many chunks the depth is cut, and their length, from the shape alone.
+fn depth_chunks(p: &Problem, depth: usize) -> (usize, usize) {
+    let tiles = p.batch * p.n.div_ceil(COLS) * p.m.div_ceil(8 * ROWS);
+    if p.m * p.n * p.batch > SPLIT_ELEMENTS || p.k < 4 * DEPTH || tiles >= SPLIT_TASKS {
+        return (1, p.k);
+    }
+    let blocks = p.k.div_ceil(depth);
+    let wanted = (SPLIT_TASKS / tiles).min(blocks / 2).max(1);
+    let chunk = blocks.div_ceil(wanted) * depth;
+    (p.k.div_ceil(chunk), chunk)
+}
+
+/// A product over no depth: zero, plus bias.
+fn fill_empty<C: Rows>(p: &Problem, c: SharedMut<'_, f32>, rows: &C) {
+    for batch in 0..p.batch {
+        for row in 0..p.m {
+            let mut offset = [0];
+            rows.offsets(batch, row, &mut offset);
+            // SAFETY: runs on one thread, and rows do not overlap.
+            let out = unsafe { c.slice(offset[0], p.n) };
+            if !p.accumulate {
+                out.fill(0.0);
+            }
+            if let Some(bias) = p.bias {
+                out.iter_mut().zip(&bias[batch * p.bias_stride..]).for_each(|(out, bias)| *out += bias);
+            }
+        }
+    }
+}
+
+/// The part of C worked on between two packings of B, and how it is cut into tasks.
+struct Grid {
+    batches: std::ops::Range<usize>,
+    cols: std::ops::Range<usize>,
+    rows_per_task: usize,
+    cols_per_task: usize,
+}
+
+/// A rectangle of C over a range of the depth.
+struct Block {
+    batch: usize,
+    rows: std::ops::Range<usize>,
+    cols: std::ops::Range<usize>,
+    depth: std::ops::Range<usize>,
+}
+
+struct Run<'a, A, B> {
+    kernels: &'static MicroKernels,
+    problem: &'a Problem<'a>,
+    a: &'a A,
+    b: &'a B,
+    /// Depth of a block.
+    depth: usize,
+}
+
+/// Start of a packed panel: blocks of the depth lie one after the other, each with all panels of `padded` columns.
+fn packed_offset(k: usize, padded: usize, batch: usize, depth: usize, len: usize, col: usize) -> usize {
+    batch * k * padded + depth * padded + col * len
+}
+
+impl<A: Panels, B: Panels> Run<'_, A, B> {
+    /// Packs B for the grid, one task per panel.
+    ///
+    /// # Safety
+    /// See [`multiply`].
+    unsafe fn pack_b(&self, pool: &ThreadPool, packed: SharedMut<'_, f32>, grid: &Grid) {
+        let (p, nr) = (self.problem, self.kernels.nr);
+        let panels = grid.cols.len().div_ceil(nr);
+        let padded = panels * nr;
+        pool.run(grid.batches.len() * panels, &|task, _| {
+            let (batch, col) = (task / panels, task % panels * nr);
+            for depth in (0..p.k).step_by(self.depth) {
+                let len = self.depth.min(p.k - depth);
+                let at = packed_offset(p.k, padded, batch, depth, len, col);
+                debug_assert!(at + len * nr <= packed.len());
+                // SAFETY: each task writes its own panels, and nothing past them: panels of B are whole vectors.
+                unsafe {
+                    let first = grid.cols.start + col;
+                    let lines = nr.min(grid.cols.end - first);
+                    let dst = packed.as_ptr().add(at);
+                    self.b.pack(self.kernels, grid.batches.start + batch, first, lines, depth, len, dst, nr);
+                }
+            }
+        });
+    }
+
+    /// Multiplies the grid's part of C, with B packed already or by each task.
+    ///
+    /// # Safety
+    /// See [`multiply`].
+    unsafe fn grid<C: Rows>(
+        &self,
+        pool: &ThreadPool,
+        c: SharedMut<'_, f32>,
+        rows: &C,
+        grid: &Grid,
+        packed: Option<SharedMut<'_, f32>>,
+    ) {
+        let p = self.problem;
+        let row_tasks = p.m.div_ceil(grid.rows_per_task);
+        let col_tasks = grid.cols.len().div_ceil(grid.cols_per_task);
+        let padded = grid.cols.len().next_multiple_of(self.kernels.nr);
+        pool.run(grid.batches.len() * row_tasks * col_tasks, &|task, worker| {
+            let (batch, tile) = (task / (row_tasks * col_tasks), task % (row_tasks * col_tasks));
+            let row = tile / col_tasks * grid.rows_per_task;
+            let col = grid.cols.start + tile % col_tasks * grid.cols_per_task;
+            let block = Block {
+                batch: grid.batches.start + batch,
+                rows: row..p.m.min(row + grid.rows_per_task),
+                cols: col..grid.cols.end.min(col + grid.cols_per_task),
+                depth: 0..p.k,
+            };
+            let packed = packed.map(|packed| (packed, padded, batch, grid.cols.start));
+            // SAFETY: tasks have disjoint rectangles of C.
+            unsafe { self.block(pool, worker, c, rows, &block, packed, p.alpha, p.accumulate, p.bias) };
+        });
+    }
+
+    /// Cuts the depth into chunks, multiplies each into its own partial C, and adds them in ascending order.
+    ///
+    /// # Safety
+    /// See [`multiply`].
+    unsafe fn split<C: Rows>(&self, pool: &ThreadPool, c: SharedMut<'_, f32>, rows: &C, chunks: usize, chunk: usize) {
+        let p = self.problem;
+        let size = p.batch * p.m * p.n;
+        let mut partial = pool.shared_scratch(SLOT_PARTIAL, chunks * size);
+        let partial = SharedMut::new(&mut partial);
+        let row_tasks = p.m.div_ceil(8 * ROWS);
+        let col_tasks = p.n.div_ceil(COLS);
+        let tiles = p.batch * row_tasks * col_tasks;
+        pool.run(tiles * chunks, &|task, worker| {
+            let (part, tile) = (task / tiles, task % tiles);
+            let (batch, tile) = (tile / (row_tasks * col_tasks), tile % (row_tasks * col_tasks));
+            let (row, col) = (tile / col_tasks * 8 * ROWS, tile % col_tasks * COLS);
+            let block = Block {
+                batch,
+                rows: row..p.m.min(row + 8 * ROWS),
+                cols: col..p.n.min(col + COLS),
+                depth: part * chunk..p.k.min((part + 1) * chunk),
+            };
+            let dense = DenseRows { start: part * size, row: p.n, batch: p.m * p.n };
+            // SAFETY: tasks have disjoint rectangles of the partial products.
+            unsafe { self.block(pool, worker, partial, &dense, &block, None, 1.0, false, None) };
+        });
+        pool.run(p.batch * p.m, &|task, _| {
+            let (batch, row) = (task / p.m, task % p.m);
+            let mut offset = [0];
+            rows.offsets(batch, row, &mut offset);
+            // SAFETY: each task has its own row of C and of the partial products; the latter are complete.
+            let (out, sums) = unsafe { (c.slice(offset[0], p.n), partial.slice(task * p.n, p.n)) };
+            for part in 1..chunks {
+                // SAFETY: as above.
+                let more = unsafe { partial.slice(part * size + task * p.n, p.n) };
+                sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += *more);
+            }
+            if p.accumulate {
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += p.alpha * *sum);
+            } else {
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = p.alpha * *sum);
+            }
+            if let Some(bias) = p.bias {
+                out.iter_mut().zip(&bias[batch * p.bias_stride..]).for_each(|(out, bias)| *out += bias);
+            }
+        });
+    }
+
+    /// One task: a rectangle of C over a range of the depth that starts at a block's limit.
+    ///
+    /// # Safety
+    /// See [`multiply`]; no other task touches the rectangle.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn block<C: Rows>(
+        &self,
+        pool: &ThreadPool,
+        worker: usize,
+        c: SharedMut<'_, f32>,
+        rows: &C,
+        block: &Block,
+        packed: Option<(SharedMut<'_, f32>, usize, usize, usize)>,
+        alpha: f32,
+        accumulate: bool,
+        bias: Option<&[f32]>,
+    ) {
+        let MicroKernels { mr, nr, .. } = *self.kernels;
+        let cols = block.cols.len();
+        let b_len = if packed.is_some() { 0 } else { self.depth * cols.next_multiple_of(nr) + SLACK };
+        let b_len = b_len.next_multiple_of(16);
+        let mut scratch = pool.scratch(worker, b_len + self.depth * mr + SLACK);
+        let (b_block, a_panel) = scratch.split_at_mut(b_len);
+        let a_panel = a_panel.as_mut_ptr();
+        let bias = bias.map(|bias| &bias[block.batch * self.problem.bias_stride..]);
+        let mut c_rows = [0; MAX_MR];
+        for depth in block.depth.clone().step_by(self.depth) {
+            let len = self.depth.min(block.depth.end - depth);
+            let first = depth == block.depth.start;
+            let last = depth + len == block.depth.end;
+            let b_start = match packed {
+                Some((packed, padded, batch, start)) => {
+                    let at = packed_offset(self.problem.k, padded, batch, depth, len, block.cols.start - start);
+                    // SAFETY: within the packed operand, which is complete and no longer written.
+                    unsafe { packed.as_ptr().add(at).cast_const() }
+                }
+                None => {
+                    for col in (0..cols).step_by(nr) {
+                        let dst = b_block[col * len..].as_mut_ptr();
+                        let lines = nr.min(cols - col);
+                        // SAFETY: within the operand; the scratch has room for whole panels and the slack.
+                        unsafe {
+                            let first = block.cols.start + col;
+                            self.b.pack(self.kernels, block.batch, first, lines, depth, len, dst, nr);
+                        }
+                    }
+                    b_block.as_ptr()
+                }
+            };
+            for row in block.rows.clone().step_by(mr) {
+                let count = mr.min(block.rows.end - row);
+                // SAFETY: within the operand; the scratch has room for one panel and the slack.
+                unsafe { self.a.pack(self.kernels, block.batch, row, count, depth, len, a_panel, mr) };
+                rows.offsets(block.batch, row, &mut c_rows[..count]);
+                for col in (0..cols).step_by(nr) {
+                    let bias = match bias {
+                        Some(bias) if last => bias[block.cols.start + col..].as_ptr(),
+                        _ => std::ptr::null(),
+                    };
+                    let tile = Tile {
+                        a: a_panel,
+                        // SAFETY: within the packed block.
+                        b: unsafe { b_start.add(col * len) },
+                        b_stride: nr,
+                        depth: len,
+                        // SAFETY: the first row's offset plus the column is an element of C.
+                        c: unsafe { c.as_ptr().add(block.cols.start + col) },
+                        c_rows: c_rows.as_ptr(),
+                        rows: count,
+                        cols: nr.min(cols - col),
+                        alpha,
+                        accumulate: accumulate || !first,
+                        bias,
+                    };
+                    // SAFETY: the tile is inside C and both packed panels; the table matches the processor.
+                    unsafe { (self.kernels.multiply)(&tile) };
+                }
+            }
+        }
+    }
+}
+
+/// Rows at a constant distance.
+pub(crate) struct DenseRows {
+    pub start: usize,
+    pub row: usize,
+    pub batch: usize,
+}
+
+impl Rows for DenseRows {
+    fn offsets(&self, batch: usize, row: usize, offsets: &mut [usize]) {
+        let first = self.start + batch * self.batch + row * self.row;
+        offsets.iter_mut().enumerate().for_each(|(at, offset)| *offset = first + at * self.row);
+    }
+}
+
+/// An operand in memory with constant strides.
+pub(crate) struct Strided<'a, F: Fn(usize) -> usize + Sync> {
+    pub data: &'a [f32],
+    /// Distance of two lines.
+    pub line: usize,
+    /// Distance of two elements along the depth.
+    pub depth: usize,
+    /// Offset of a batch.
+    pub batch: F,
+}
+
+impl<F: Fn(usize) -> usize + Sync> Panels for Strided<'_, F> {
+    unsafe fn pack(
+        &self,
+        kernels: &MicroKernels,
+        batch: usize,
+        line: usize,
+        lines: usize,
+        depth: usize,
+        len: usize,
+        dst: *mut f32,
+        width: usize,
+    ) {
+        let start = (self.batch)(batch) + line * self.line + depth * self.depth;
+        debug_assert!(start + (lines - 1) * self.line + (len - 1) * self.depth < self.data.len());
+        // SAFETY: all offsets are inside the operand, by the caller's promise.
+        unsafe {
+            let src = self.data.as_ptr().add(start);
+            if self.line == 1 {
+                copy_lines(src, self.depth, lines, len, dst, width);
+            } else if self.depth == 1 {
+                let mut pointers = [src; 16];
+                for first in (0..lines).step_by(16) {
+                    let count = (lines - first).min(16);
+                    for (at, pointer) in pointers[..count].iter_mut().enumerate() {
+                        *pointer = src.add((first + at) * self.line);
+                    }
+                    (kernels.transpose)(&pointers[..count], len, dst.add(first), width);
+                }
+            } else {
+                for k in 0..len {
+                    for at in 0..lines {
+                        dst.add(k * width + at).write(src.add(k * self.depth + at * self.line).read());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Packs lines that are neighbours in memory: `dst[k * width + line] = src[k * stride + line]`.
+///
+/// # Safety
+/// Both sides are large enough.
+pub(crate) unsafe fn copy_lines(src: *const f32, stride: usize, lines: usize, len: usize, dst: *mut f32, width: usize) {
+    // A length known to the compiler becomes a few vector moves.
+    macro_rules! fixed {
+        ($lines:literal) => {
+            for k in 0..len {
+                // SAFETY: the caller promises the ranges.
+                unsafe {
+                    dst.add(k * width).cast::<[f32; $lines]>().write(src.add(k * stride).cast::<[f32; $lines]>().read())
+                }
+            }
+        };
+    }
+    match lines {
+        32 => fixed!(32),
+        16 => fixed!(16),
+        12 => fixed!(12),
+        6 => fixed!(6),
+        4 => fixed!(4),
+        _ => {
+            for k in 0..len {
+                // SAFETY: the caller promises the ranges.
+                unsafe { std::ptr::copy_nonoverlapping(src.add(k * stride), dst.add(k * width), lines) }
+            }
+        }
+    }
+}

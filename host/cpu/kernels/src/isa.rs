@@ -1,0 +1,72 @@
+//! The instruction set that the kernels use, chosen once at run time.
+
+use std::sync::OnceLock;
+
+/// An instruction set with its own micro-kernels, in ascending order of capability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust, whatever the compiler makes of it.
+    Portable,
+    /// AVX2 with fused multiply-add: 6x16 tiles.
+    Avx2,
+    /// AVX-512F: 12x32 tiles.
+    Avx512,
+}
+
+impl Isa {
+    /// Every instruction set, weakest first.
+    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+
+    /// The best instruction set of this processor.
+    pub fn detect() -> Isa {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2 && is_x86_feature_detected!("avx512f") {
+                return Isa::Avx512;
+            }
+            if avx2 {
+                return Isa::Avx2;
+            }
+        }
+        Isa::Portable
+    }
+
+    /// What the processor has, capped by the environment variable `CLIP_HOST_CPU` (`portable`, `avx2` or `avx512`;
+    /// anything else means no cap). Read once.
+    pub fn selected() -> Isa {
+        static SELECTED: OnceLock<Isa> = OnceLock::new();
+        *SELECTED.get_or_init(|| {
+            let cap = std::env::var("CLIP_HOST_CPU").ok().and_then(|name| Isa::parse(&name));
+            cap.unwrap_or(Isa::Avx512).min(Isa::detect())
+        })
+    }
+
+    /// The name used by `CLIP_HOST_CPU`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    fn parse(name: &str) -> Option<Isa> {
+        Isa::ALL.into_iter().find(|isa| isa.name().eq_ignore_ascii_case(name.trim()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        for isa in Isa::ALL {
+            assert_eq!(Isa::parse(isa.name()), Some(isa));
+        }
+        assert_eq!(Isa::parse(" AVX2 "), Some(Isa::Avx2));
+        assert_eq!(Isa::parse("sse9"), None);
+        assert!(Isa::selected() <= Isa::detect());
+    }
+}

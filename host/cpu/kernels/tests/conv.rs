@@ -1,0 +1,174 @@
+//! Convolution and its gradients against naive loops in double precision.
+
+mod common;
+
+use clip_host_cpu_kernels::{ConvShape, conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
+use common::{Random, assert_close, on_every_pool};
+
+/// Calls `visit(input, weight, output)` with the offsets of each product of the definition.
+fn products(s: &ConvShape, mut visit: impl FnMut(usize, usize, usize)) {
+    let (group_in, group_out) = (s.in_c / s.groups, s.out_c / s.groups);
+    for pixel in 0..s.batch * s.out_h * s.out_w {
+        let (image, y, x) = (pixel / s.out_w / s.out_h, pixel / s.out_w % s.out_h, pixel % s.out_w);
+        for o in 0..s.out_c {
+            for (ky, kx) in (0..s.kernel.0).flat_map(|ky| (0..s.kernel.1).map(move |kx| (ky, kx))) {
+                let iy = (y * s.stride.0 + ky * s.dilation.0).wrapping_sub(s.padding.0);
+                let ix = (x * s.stride.1 + kx * s.dilation.1).wrapping_sub(s.padding.1);
+                if iy >= s.in_h || ix >= s.in_w {
+                    continue;
+                }
+                for i in 0..group_in {
+                    let input = ((image * s.in_h + iy) * s.in_w + ix) * s.in_c + o / group_out * group_in + i;
+                    let weight = ((o * group_in + i) * s.kernel.0 + ky) * s.kernel.1 + kx;
+                    visit(input, weight, pixel * s.out_c + o);
+                }
+            }
+        }
+    }
+}
+
+fn shape(batch: usize, size: (usize, usize), channels: (usize, usize), kernel: (usize, usize)) -> ConvShape {
+    ConvShape {
+        batch,
+        in_h: size.0,
+        in_w: size.1,
+        in_c: channels.0,
+        out_h: 0,
+        out_w: 0,
+        out_c: channels.1,
+        kernel,
+        stride: (1, 1),
+        padding: (kernel.0 / 2, kernel.1 / 2),
+        dilation: (1, 1),
+        groups: 1,
+    }
+}
+
+/// Fills in the output size, and runs all three directions with and without accumulation.
+fn check(random: &mut Random, mut s: ConvShape) {
+    s.out_h = ConvShape::output_size(s.in_h, s.kernel.0, s.stride.0, s.padding.0, s.dilation.0);
+    s.out_w = ConvShape::output_size(s.in_w, s.kernel.1, s.stride.1, s.padding.1, s.dilation.1);
+    let (input, weight, output) =
+        (random.values(s.input_len()), random.values(s.weight_len()), random.values(s.output_len()));
+    let bias = random.values(s.out_c);
+    for accumulate in [false, true] {
+        let start =
+            |old: &[f32]| -> Vec<f64> { old.iter().map(|&old| if accumulate { old as f64 } else { 0.0 }).collect() };
+        let mut expected = (start(&output), start(&input), start(&weight));
+        products(&s, |i, w, o| {
+            expected.0[o] += input[i] as f64 * weight[w] as f64;
+            expected.1[i] += output[o] as f64 * weight[w] as f64;
+            expected.2[w] += output[o] as f64 * input[i] as f64;
+        });
+        let bias = accumulate.then_some(&bias[..]);
+        if let Some(bias) = bias {
+            expected.0.iter_mut().enumerate().for_each(|(at, out)| *out += bias[at % s.out_c] as f64);
+        }
+        let scale = |terms: usize| 3.0 + 4.0 * (terms as f64).sqrt();
+        for (isa, got) in on_every_pool(|pool| {
+            let mut out = output.clone();
+            conv2d_forward(pool, &s, &input, &weight, bias, &mut out, accumulate);
+            out
+        }) {
+            let terms = s.in_c / s.groups * s.kernel.0 * s.kernel.1;
+            assert_close(&format!("forward {isa:?} {s:?}"), &got, &expected.0, scale(terms));
+        }
+        for (isa, got) in on_every_pool(|pool| {
+            let mut out = input.clone();
+            conv2d_input_grad(pool, &s, &output, &weight, &mut out, accumulate);
+            out
+        }) {
+            let terms = s.out_c / s.groups * s.kernel.0 * s.kernel.1;
+            assert_close(&format!("input grad {isa:?} {s:?}"), &got, &expected.1, scale(terms));
+        }
+        for (isa, got) in on_every_pool(|pool| {
+            let mut out = weight.clone();
+            conv2d_weight_grad(pool, &s, &input, &output, &mut out, accumulate);
+            out
+        }) {
+            let terms = s.batch * s.out_h * s.out_w;
+            assert_close(&format!("weight grad {isa:?} {s:?}"), &got, &expected.2, scale(terms));
+        }
+    }
+}
+
+#[test]
+fn the_shapes_of_resnet() {
+    let mut random = Random::new(1);
+    let stem = ConvShape { stride: (2, 2), ..shape(2, (23, 30), (3, 20), (7, 7)) };
+    check(&mut random, stem);
+    check(&mut random, shape(2, (9, 9), (37, 33), (1, 1)));
+    check(&mut random, shape(2, (9, 10), (16, 18), (3, 3)));
+    check(&mut random, ConvShape { stride: (2, 2), ..shape(2, (9, 10), (16, 18), (3, 3)) });
+    check(&mut random, ConvShape { stride: (2, 2), ..shape(3, (8, 7), (20, 40), (1, 1)) });
+    check(&mut random, shape(1, (4, 4), (130, 70), (3, 3)));
+}
+
+#[test]
+fn patch_embedding() {
+    let mut random = Random::new(2);
+    let s = ConvShape { stride: (4, 4), padding: (0, 0), ..shape(3, (16, 12), (3, 50), (4, 4)) };
+    check(&mut random, s);
+}
+
+#[test]
+fn random_shapes() {
+    let mut random = Random::new(3);
+    let mut done = 0;
+    while done < 120 {
+        let groups = random.pick(&[1, 1, 1, 2, 3]);
+        let mut pair = |values: &[usize]| (random.pick(values), random.pick(values));
+        let (size, kernel) = (pair(&[1, 2, 3, 5, 6, 7, 8, 11, 13]), pair(&[1, 2, 3, 4, 5]));
+        let (stride, dilation) = (pair(&[1, 1, 2, 3]), pair(&[1, 1, 2, 3]));
+        let (padding, channels) = (pair(&[0, 1, 2]), pair(&[1, 2, 3, 5, 17]));
+        let s = ConvShape {
+            stride,
+            padding,
+            dilation,
+            groups,
+            ..shape(1 + random.below(3), size, (channels.0 * groups, channels.1 * groups), kernel)
+        };
+        let fits =
+            |size: usize, padding: usize, kernel: usize, dilation: usize| size + 2 * padding > dilation * (kernel - 1);
+        if fits(size.0, padding.0, kernel.0, dilation.0) && fits(size.1, padding.1, kernel.1, dilation.1) {
+            check(&mut random, s);
+            done += 1;
+        }
+    }
+}
+
+#[test]
+fn depthwise() {
+    let mut random = Random::new(4);
+    for (channels, kernel, stride, dilation) in
+        [(5, 3, 1, 1), (32, 7, 1, 1), (17, 3, 2, 1), (40, 3, 1, 2), (2, 5, 3, 2)]
+    {
+        let s = ConvShape {
+            groups: channels,
+            stride: (stride, stride),
+            dilation: (dilation, dilation),
+            padding: (kernel / 2 * dilation, kernel / 2),
+            ..shape(2, (11, 12), (channels, channels), (kernel, kernel))
+        };
+        check(&mut random, s);
+    }
+}
+
+#[test]
+fn broken_invariants_are_told() {
+    let mut s = shape(1, (4, 4), (2, 2), (3, 3));
+    (s.out_h, s.out_w) = (4, 4);
+    let fails = |s: ConvShape, input: usize, expected: &str| {
+        let result = std::panic::catch_unwind(|| {
+            let pool = clip_host_cpu_kernels::ThreadPool::new(1);
+            conv2d_forward(&pool, &s, &vec![0.0; input], &[0.0; 36], None, &mut [0.0; 32], false);
+        });
+        let payload = result.expect_err(expected);
+        let text = payload.downcast_ref::<String>().unwrap();
+        assert!(text.contains(expected), "{text}");
+    };
+    fails(s, 31, "the input has 31 elements, expected 32");
+    fails(ConvShape { out_h: 3, ..s }, 32, "output size 3 along axis 0, expected 4");
+    fails(ConvShape { groups: 3, ..s }, 32, "2 and 2 channels in 3 groups");
+    fails(ConvShape { stride: (0, 1), ..s }, 32, "must be positive");
+}
