@@ -337,9 +337,10 @@ impl<'g> Tensor<'g> {
     pub fn sigmoid(self) -> Self {
         (self * 0.5).tanh() * 0.5 + 0.5
     }
+    /// The gradient at 0 is 0, as PyTorch's; NaN stays NaN.
     #[track_caller]
     pub fn relu(self) -> Self {
-        self.maximum(0.0)
+        self.le(0.0).where_(0.0, self)
     }
     /// The exact form, with erf.
     #[track_caller]
