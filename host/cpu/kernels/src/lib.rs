@@ -14,6 +14,10 @@
 //! | `gemm` | batched, strided matrix multiplication |
 //! | `conv` | 2-D convolution, NHWC, as implicit matrix multiplication |
 //! | `depthwise` | direct convolution for one channel per group |
+//! | `pool2d` | max and average pooling |
+//! | `gather` | row gather, scatter-add, scatter-assign |
+//! | `copy` | strided copies and transposes |
+//! | `peak` | what this machine can do at most |
 //!
 //! Activations are NHWC; convolution weights keep PyTorch's `[out, in / groups, height, width]`.
 //!
@@ -23,13 +27,20 @@
 
 mod blocked;
 pub mod conv;
+pub mod copy;
 mod depthwise;
+pub mod gather;
 pub mod gemm;
 pub mod isa;
 mod microkernel;
+pub mod peak;
+pub mod pool2d;
 pub mod threads;
 
 pub use conv::{ConvShape, conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
+pub use copy::copy_strided;
+pub use gather::{RowError, gather_rows, scatter_add_rows, scatter_rows};
 pub use gemm::{Gemm, gemm};
 pub use isa::Isa;
+pub use pool2d::{Pool2dShape, avg_pool2d_backward, avg_pool2d_forward, max_pool2d_backward, max_pool2d_forward};
 pub use threads::{SharedMut, ThreadPool};

@@ -1,0 +1,246 @@
+//! Speed of the kernels on the shapes of ResNet-50 and DistilBERT: `bench [threads] [filter]`.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use clip_host_cpu_kernels::{
+    ConvShape, Gemm, Pool2dShape, ThreadPool, conv2d_forward, conv2d_input_grad, conv2d_weight_grad, copy_strided,
+    gather_rows, gemm, max_pool2d_backward, max_pool2d_forward, peak, scatter_add_rows,
+};
+
+const BUDGET: Duration = Duration::from_millis(150);
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let threads = arguments.next().and_then(|threads| threads.parse().ok()).unwrap_or(cores);
+    let filter = arguments.next().unwrap_or_default();
+    let pool = ThreadPool::new(threads);
+    let limit = peak::measure(&pool, BUDGET);
+    println!(
+        "{threads} threads, {}: gemm {:.0} GFLOP/s, copy {:.1} GB/s",
+        pool.isa().name(),
+        limit.gemm_gflops,
+        limit.copy_gbytes
+    );
+    for (name, bench) in
+        [("gemm", gemms as fn(&ThreadPool)), ("attention", attention), ("conv", convolutions), ("memory", memory)]
+    {
+        if name.contains(&filter) {
+            bench(&pool);
+        }
+    }
+}
+
+fn values(len: usize) -> Vec<f32> {
+    (0..len).map(|at| (at * 7919 % 1000) as f32 / 500.0 - 1.0).collect()
+}
+
+fn gemms(pool: &ThreadPool) {
+    for (m, n, k) in [
+        (1024, 1024, 1024),
+        (480, 768, 768),
+        (480, 2304, 768),
+        (480, 3072, 768),
+        (480, 768, 3072),
+        (1, 1024, 1024),
+        (16, 256, 2048),
+    ] {
+        let (a, b, mut c) = (values(m * k), values(k * n), vec![0f32; m * n]);
+        let flops = (2 * m * n * k) as f64;
+        let plain = Gemm::contiguous(m, n, k);
+        let variants = [
+            ("A B", plain),
+            ("A B'", Gemm { b_strides: (1, k), ..plain }),
+            ("A' B", Gemm { a_strides: (1, m), ..plain }),
+        ];
+        print!("gemm {m}x{n}x{k}:");
+        for (name, g) in variants {
+            let seconds = peak::fastest(BUDGET, || gemm(pool, &g, &a, &b, black_box(&mut c)));
+            print!("  {name} {:.0}", flops / seconds / 1e9);
+        }
+        println!(" GFLOP/s");
+    }
+}
+
+fn attention(pool: &ThreadPool) {
+    for (images, heads, tokens, width) in [(16, 12, 30, 64), (16, 12, 197, 64)] {
+        let model = heads * width;
+        let (q, v) = (values(images * tokens * model), values(images * tokens * model));
+        let mut scores = vec![0f32; images * heads * tokens * tokens];
+        let mut out = vec![0f32; images * tokens * model];
+        let batch = [images, heads];
+        let (dense, split) = ([heads * tokens * tokens, tokens * tokens], [tokens * model, width]);
+        let scale = Gemm {
+            m: tokens,
+            n: tokens,
+            k: width,
+            batch: &batch,
+            a_strides: (model, 1),
+            a_batch: &split,
+            b_strides: (1, model),
+            b_batch: &split,
+            c_row_stride: tokens,
+            c_batch: &dense,
+            accumulate: false,
+            bias: None,
+            alpha: 0.125,
+        };
+        let mix = Gemm {
+            n: width,
+            k: tokens,
+            a_strides: (tokens, 1),
+            a_batch: &dense,
+            b_strides: (model, 1),
+            c_row_stride: model,
+            c_batch: &split,
+            alpha: 1.0,
+            ..scale
+        };
+        let flops = (2 * images * heads * tokens * tokens * width) as f64;
+        let first = peak::fastest(BUDGET, || gemm(pool, &scale, &q, &v, black_box(&mut scores)));
+        let second = peak::fastest(BUDGET, || gemm(pool, &mix, &scores, &v, black_box(&mut out)));
+        let rates = (flops / first / 1e9, flops / second / 1e9);
+        println!("attention {tokens} tokens: Q K' {:.0}  P V {:.0} GFLOP/s", rates.0, rates.1);
+    }
+}
+
+fn convolutions(pool: &ThreadPool) {
+    let mut total = [0.0; 4];
+    // Input size, input and output channels, kernel, stride, and how often ResNet-50 has it.
+    for (size, in_c, out_c, kernel, stride, times) in [
+        (224, 3, 64, 7, 2, 1),
+        (56, 64, 64, 1, 1, 1),
+        (56, 64, 64, 3, 1, 3),
+        (56, 64, 256, 1, 1, 4),
+        (56, 256, 64, 1, 1, 2),
+        (56, 256, 128, 1, 1, 1),
+        (56, 128, 128, 3, 2, 1),
+        (56, 256, 512, 1, 2, 1),
+        (28, 128, 128, 3, 1, 3),
+        (28, 128, 512, 1, 1, 4),
+        (28, 512, 128, 1, 1, 3),
+        (28, 512, 256, 1, 1, 1),
+        (28, 256, 256, 3, 2, 1),
+        (28, 512, 1024, 1, 2, 1),
+        (14, 256, 256, 3, 1, 5),
+        (14, 256, 1024, 1, 1, 6),
+        (14, 1024, 256, 1, 1, 5),
+        (14, 1024, 512, 1, 1, 1),
+        (14, 512, 512, 3, 2, 1),
+        (14, 1024, 2048, 1, 2, 1),
+        (7, 512, 512, 3, 1, 2),
+        (7, 512, 2048, 1, 1, 3),
+        (7, 2048, 512, 1, 1, 2),
+    ] {
+        let padding = kernel / 2;
+        let out = ConvShape::output_size(size, kernel, stride, padding, 1);
+        let shape = ConvShape {
+            batch: 16,
+            in_h: size,
+            in_w: size,
+            in_c,
+            out_h: out,
+            out_w: out,
+            out_c,
+            kernel: (kernel, kernel),
+            stride: (stride, stride),
+            padding: (padding, padding),
+            dilation: (1, 1),
+            groups: 1,
+        };
+        let (input, weight, output) =
+            (values(shape.input_len()), values(shape.weight_len()), values(shape.output_len()));
+        let (mut x, mut w, mut y) = (input.clone(), weight.clone(), output.clone());
+        let flops = shape.flops() as f64;
+        let seconds = [
+            peak::fastest(BUDGET, || conv2d_forward(pool, &shape, &input, &weight, None, black_box(&mut y), false)),
+            peak::fastest(BUDGET, || conv2d_input_grad(pool, &shape, &output, &weight, black_box(&mut x), false)),
+            peak::fastest(BUDGET, || conv2d_weight_grad(pool, &shape, &input, &output, black_box(&mut w), false)),
+        ];
+        let rate = |direction: usize| flops / seconds[direction] / 1e9;
+        println!(
+            "conv {size:>3} px {in_c:>4} -> {out_c:>4} {kernel}x{kernel}/{stride} x{times}: forward {:>4.0}  input grad {:>4.0}  weight grad {:>4.0} GFLOP/s",
+            rate(0),
+            rate(1),
+            rate(2)
+        );
+        for direction in 0..3 {
+            total[direction] += seconds[direction] * times as f64;
+        }
+        total[3] += flops * times as f64;
+    }
+    println!(
+        "ResNet-50, batch 16: forward {:.0} ms ({:.0} GFLOP/s), input grad {:.0} ms ({:.0}), weight grad {:.0} ms ({:.0})",
+        total[0] * 1e3,
+        total[3] / total[0] / 1e9,
+        total[1] * 1e3,
+        total[3] / total[1] / 1e9,
+        total[2] * 1e3,
+        total[3] / total[2] / 1e9
+    );
+}
+
+fn memory(pool: &ThreadPool) {
+    let bandwidth =
+        |name: &str, bytes: usize, seconds: f64| println!("{name}: {:.1} GB/s", bytes as f64 / seconds / 1e9);
+    let (n, c, h, w) = (16, 64, 112, 112);
+    let (input, mut out) = (values(n * c * h * w), vec![0f32; n * c * h * w]);
+    let bytes = input.len() * 4;
+    let to_nhwc = || copy_strided(pool, &[n, h, w, c], &[c * h * w, w, 1, h * w], &input, &mut out);
+    bandwidth("NCHW to NHWC", bytes, peak::fastest(BUDGET, to_nhwc));
+    let to_nchw = || copy_strided(pool, &[n, c, h, w], &[c * h * w, 1, w * c, c], &input, &mut out);
+    bandwidth("NHWC to NCHW", bytes, peak::fastest(BUDGET, to_nchw));
+    let heads =
+        || copy_strided(pool, &[16, 12, 1024, 64], &[12 * 64 * 1024, 64, 768, 1], &input, &mut out[..12_582_912]);
+    bandwidth("split heads", 12_582_912 * 4, peak::fastest(BUDGET, heads));
+
+    let shape = Pool2dShape {
+        batch: n,
+        in_h: h,
+        in_w: w,
+        out_h: 56,
+        out_w: 56,
+        channels: c,
+        kernel: (3, 3),
+        stride: (2, 2),
+        padding: (1, 1),
+    };
+    let (mut pooled, incoming) = (vec![0f32; shape.output_len()], values(shape.output_len()));
+    let forward = peak::fastest(BUDGET, || max_pool2d_forward(pool, &shape, &input, black_box(&mut pooled)));
+    bandwidth("max pool forward (input)", bytes, forward);
+    let backward = || max_pool2d_backward(pool, &shape, &input, &incoming, black_box(&mut out));
+    bandwidth("max pool backward (input)", bytes, peak::fastest(BUDGET, backward));
+
+    let (table, ids) = (values(30_522 * 768), (0..480).map(|at| at * 61 % 30_522).collect::<Vec<i32>>());
+    let (mut rows, mut grad) = (vec![0f32; 480 * 768], table.clone());
+    let seconds = peak::fastest(BUDGET, || gather_rows(pool, &table, 768, &ids, black_box(&mut rows)).unwrap_or(()));
+    bandwidth("gather", rows.len() * 4, seconds);
+    let seconds =
+        peak::fastest(BUDGET, || scatter_add_rows(pool, &rows, 768, &ids, black_box(&mut grad)).unwrap_or(()));
+    bandwidth("scatter add", rows.len() * 4, seconds);
+
+    for kernel in [3, 7] {
+        let shape = ConvShape {
+            batch: n,
+            in_h: 56,
+            in_w: 56,
+            in_c: 96,
+            out_h: 56,
+            out_w: 56,
+            out_c: 96,
+            kernel: (kernel, kernel),
+            stride: (1, 1),
+            padding: (kernel / 2, kernel / 2),
+            dilation: (1, 1),
+            groups: 96,
+        };
+        let (x, weight, mut y) = (values(shape.input_len()), values(shape.weight_len()), values(shape.output_len()));
+        let mut w = weight.clone();
+        let flops = shape.flops() as f64;
+        let forward = peak::fastest(BUDGET, || conv2d_forward(pool, &shape, &x, &weight, None, &mut y, false));
+        let weight_grad = peak::fastest(BUDGET, || conv2d_weight_grad(pool, &shape, &x, &y, &mut w, false));
+        let rates = (flops / forward / 1e9, flops / weight_grad / 1e9);
+        println!("depthwise {kernel}x{kernel}: forward {:.1}, weight grad {:.1} GFLOP/s", rates.0, rates.1);
+    }
+}

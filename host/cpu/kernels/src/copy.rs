@@ -1,0 +1,171 @@
+//! Copies of strided arrays into contiguous ones: permutations, transposes, broadcasts.
+
+use crate::microkernel::micro_kernels;
+use crate::threads::{SharedMut, ThreadPool};
+
+/// Dimensions of an array at most.
+pub const MAX_DIMS: usize = 6;
+
+/// Elements per task, about: 64 KiB.
+const TASK: usize = 16 * 1024;
+/// Side of a transposed block: its 64 source lines and 64 destination lines stay in L1.
+const BLOCK: usize = 64;
+
+/// A dimension of the copy: size, stride in the source, stride in the destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Dim {
+    len: usize,
+    src: usize,
+    dst: usize,
+}
+
+/// `out[i0, i1, …] = input[i0 * strides[0] + i1 * strides[1] + …]`, with `out` contiguous and of shape `shape`.
+///
+/// A permuted view has the permuted strides of its array, a broadcast dimension has stride zero.
+///
+/// # Panics
+/// If there are more than [`MAX_DIMS`] dimensions, another number of strides, or a slice is too short: the caller's
+/// invariants, checked once.
+pub fn copy_strided(pool: &ThreadPool, shape: &[usize], strides: &[usize], input: &[f32], out: &mut [f32]) {
+    assert!(
+        shape.len() <= MAX_DIMS && shape.len() == strides.len(),
+        "copy: {} dimensions and {} strides, at most {MAX_DIMS}",
+        shape.len(),
+        strides.len()
+    );
+    let total: usize = shape.iter().product();
+    assert!(out.len() == total, "copy: the output has {} elements, expected {total}", out.len());
+    if total == 0 {
+        return;
+    }
+    let reach = shape.iter().zip(strides).fold(1usize, |reach, (len, stride)| reach + (len - 1) * stride);
+    assert!(reach <= input.len(), "copy: the input has {} elements, its strides reach {reach}", input.len());
+
+    let (mut dims, count) = merged(shape, strides);
+    let inner = dims[count - 1];
+    let out = SharedMut::new(out);
+    if inner.src == 1 || count == 1 {
+        return copy_runs(pool, &dims[..count], input, out);
+    }
+    // The dimension along which the source is contiguous becomes the other side of a transpose.
+    match (0..count - 1).find(|&dim| dims[dim].src == 1 && dims[dim].len > 1) {
+        Some(dim) => {
+            let lines = dims[dim];
+            dims.copy_within(dim + 1..count - 1, dim);
+            transpose(pool, &dims[..count - 2], lines, inner, input, out);
+        }
+        None => copy_runs(pool, &dims[..count], input, out),
+    }
+}
+
+/// Drops dimensions of one element and joins neighbours that are one run in both arrays.
+fn merged(shape: &[usize], strides: &[usize]) -> ([Dim; MAX_DIMS], usize) {
+    let mut dims = [Dim { len: 1, src: 1, dst: 1 }; MAX_DIMS];
+    let mut count = 0;
+    for (&len, &src) in shape.iter().zip(strides).filter(|&(&len, _)| len != 1) {
+        if count > 0 && dims[count - 1].src == len * src {
+            dims[count - 1] = Dim { len: dims[count - 1].len * len, src, dst: 1 };
+        } else {
+            dims[count] = Dim { len, src, dst: 1 };
+            count += 1;
+        }
+    }
+    let count = count.max(1);
+    for dim in (0..count - 1).rev() {
+        dims[dim].dst = dims[dim + 1].dst * dims[dim + 1].len;
+    }
+    (dims, count)
+}
+
+/// Offsets in source and destination of a position in the given dimensions.
+fn offsets(dims: &[Dim], mut index: usize) -> (usize, usize) {
+    let (mut src, mut dst) = (0, 0);
+    for dim in dims.iter().rev() {
+        let at = index % dim.len;
+        index /= dim.len;
+        src += at * dim.src;
+        dst += at * dim.dst;
+    }
+    (src, dst)
+}
+
+/// Copies along the innermost dimension, whatever its stride.
+fn copy_runs(pool: &ThreadPool, dims: &[Dim], input: &[f32], out: SharedMut<'_, f32>) {
+    let Some((inner, outer)) = dims.split_last() else { return };
+    let runs: usize = outer.iter().map(|dim| dim.len).product();
+    let pieces = inner.len.div_ceil(TASK);
+    let runs_per_task = (TASK / inner.len).max(1);
+    pool.run(runs.div_ceil(runs_per_task) * pieces, &|task, _| {
+        let (group, piece) = (task / pieces, task % pieces);
+        let from = piece * TASK;
+        let len = TASK.min(inner.len - from);
+        for run in group * runs_per_task..runs.min((group + 1) * runs_per_task) {
+            let (src, _) = offsets(outer, run);
+            // SAFETY: each task has its own runs, or its own piece of one.
+            let out = unsafe { out.slice(run * inner.len + from, len) };
+            let src = src + from * inner.src;
+            match inner.src {
+                0 => out.fill(input[src]),
+                1 => out.copy_from_slice(&input[src..src + len]),
+                stride => {
+                    out.iter_mut().zip(input[src..].iter().step_by(stride)).for_each(|(out, value)| *out = *value)
+                }
+            }
+        }
+    });
+}
+
+/// Transposes blocks: `lines` is contiguous in the source, `inner` in the destination.
+fn transpose(pool: &ThreadPool, outer: &[Dim], lines: Dim, inner: Dim, input: &[f32], out: SharedMut<'_, f32>) {
+    let kernels = micro_kernels(pool.isa());
+    let (across, along) = (lines.len.div_ceil(BLOCK), inner.len.div_ceil(BLOCK));
+    let planes: usize = outer.iter().map(|dim| dim.len).product();
+    let blocks = planes * across * along;
+    let per_task = (TASK / (lines.len.min(BLOCK) * inner.len.min(BLOCK))).max(1);
+    pool.run(blocks.div_ceil(per_task), &|task, _| {
+        for block in task * per_task..blocks.min((task + 1) * per_task) {
+            let (plane, place) = (block / (across * along), block % (across * along));
+            let (first_line, first) = (place / along * BLOCK, place % along * BLOCK);
+            let (src, dst) = offsets(outer, plane);
+            let count = BLOCK.min(lines.len - first_line);
+            let end = inner.len.min(first + BLOCK);
+            let mut at = first;
+            while at < end {
+                let width = (end - at).min(16);
+                let src = src + at * inner.src + first_line;
+                let dst = dst + first_line * lines.dst + at;
+                if width == 16 {
+                    let pointers: [*const f32; 16] =
+                        std::array::from_fn(|line| input[src + line * inner.src..][..count].as_ptr());
+                    // SAFETY: each of the 16 pointers is to `count` floats; a row of the destination takes exactly
+                    // these 16, which belong to this task.
+                    unsafe { (kernels.transpose)(&pointers, count, out.as_ptr().add(dst), lines.dst) };
+                } else {
+                    for line in 0..count {
+                        // SAFETY: these elements belong to this task.
+                        let out = unsafe { out.slice(dst + line * lines.dst, width) };
+                        for (at, out) in out.iter_mut().enumerate() {
+                            *out = input[src + at * inner.src + line];
+                        }
+                    }
+                }
+                at += width;
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbouring_dimensions_are_joined() {
+        let (dims, count) = merged(&[2, 1, 3, 4], &[12, 7, 4, 1]);
+        assert_eq!((count, dims[0]), (1, Dim { len: 24, src: 1, dst: 1 }));
+        let (dims, count) = merged(&[5, 3, 4], &[1, 20, 5]);
+        assert_eq!((count, dims[0]), (2, Dim { len: 5, src: 1, dst: 12 }));
+        assert_eq!(dims[1], Dim { len: 12, src: 5, dst: 1 });
+        assert_eq!(merged(&[], &[]).1, 1);
+    }
+}
