@@ -1,1 +1,34 @@
-//! clip-host-recipe
+//! Recipes: one RON file says everything about a run.
+//!
+//! ```text
+//! file ──▶ parse ──▶ values that know their place ──▶ --set overrides ──▶ typed sections ──▶ Recipe
+//! ```
+//!
+//! - [`Recipe::load`] reads a file and applies overrides; it reports *all* that is wrong, each with line, column, key
+//!   path, and the nearest valid name.
+//! - Sections that others define (`data`, each plugin's `config`) are kept as values with places: [`Recipe::section`]
+//!   reads one as any serde type, [`Recipe::error_at`] shows a plugin's complaint where the setting is written.
+//! - [`Recipe::to_ron`] writes the resolved recipe into the run folder.
+//!
+//! Why not the `ron` crate alone: its typed reader stops at the first error and knows the place of the reader's cursor,
+//! not of the key or value that is wrong; its `ron::Value` keeps neither places nor the names of enum variants
+//! (`Tar("..")` becomes a plain value), so that a section cannot be read later by the crate that owns it, and overrides
+//! cannot be merged into it. The reader here accepts the same texts (the tests hold it to `ron`'s results), and
+//! leniently what `ron` has extensions for: implicit `Some`, unwrapped newtypes. It refuses byte strings.
+
+mod de;
+mod error;
+mod parse;
+mod range;
+mod recipe;
+mod sections;
+mod set;
+mod span;
+mod value;
+mod write;
+
+pub use error::{RecipeError, RecipeErrors, name_hint, nearest};
+pub use recipe::{Part, Recipe};
+pub use sections::{Backend, Eval, Model, Optimizer, PluginChoice, Plugins, Precision, Train};
+pub use span::{KeyPath, Location, Segment, Source, Span};
+pub use value::{Field, Kind, Value};

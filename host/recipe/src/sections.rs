@@ -1,0 +1,382 @@
+//! The typed sections of a recipe. Keys, types, defaults and ranges are all here.
+
+use crate::range;
+use crate::value::{Kind, Value};
+use serde::Deserialize;
+use serde::de::{Deserializer, Error, IgnoredAny};
+use std::path::PathBuf;
+
+/// The keys of a recipe in its own order.
+pub(crate) const KEYS: [&str; 11] =
+    ["seed", "data", "model", "loss", "optimizer", "scheduler", "train", "eval", "backend", "precision", "plugins"];
+
+/// Those that have no default.
+pub(crate) const REQUIRED: [&str; 5] = ["data", "model", "loss", "optimizer", "train"];
+
+/// All keys of a recipe. The sections that others define are only looked at by them.
+#[derive(Debug, Deserialize)]
+#[serde(rename = "Recipe", deny_unknown_fields)]
+pub(crate) struct Top {
+    #[serde(default)]
+    pub seed: u64,
+    #[serde(rename = "data")]
+    pub _data: IgnoredAny,
+    pub model: Model,
+    pub loss: PluginChoice,
+    pub optimizer: Optimizer,
+    #[serde(default = "constant")]
+    pub scheduler: PluginChoice,
+    pub train: Train,
+    #[serde(default)]
+    pub eval: Eval,
+    #[serde(default)]
+    pub backend: Backend,
+    #[serde(default)]
+    pub precision: Precision,
+    #[serde(default)]
+    pub plugins: Plugins,
+}
+
+fn constant() -> PluginChoice {
+    PluginChoice { plugin: "constant".into(), ..PluginChoice::default() }
+}
+
+/// One plugin and its settings: `(plugin: "radam", config: (betas: (0.9, 0.999)))`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PluginChoice {
+    /// The plugin's id.
+    #[serde(deserialize_with = "plugin_id")]
+    pub plugin: String,
+    /// Its settings, to be checked against the plugin's own schema. Names become strings, tuples arrays, `Some(x)` x,
+    /// `None` null and `Name(x)` the object `{"Name": x}`.
+    #[serde(default)]
+    pub config: serde_json::Map<String, serde_json::Value>,
+    /// This library file, rather than the one that the search path yields.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// SHA-256 that the library file must have, in hexadecimal.
+    #[serde(default, deserialize_with = "sha256")]
+    pub sha256: Option<String>,
+}
+
+/// The two encoders and the space in which they meet.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// Encoder of images.
+    pub image_encoder: PluginChoice,
+    /// Encoder of captions.
+    pub text_encoder: PluginChoice,
+    /// Dimensions of the shared embedding.
+    #[serde(deserialize_with = "range::at_least::<_, _, 1>")]
+    pub embed_dim: usize,
+}
+
+/// The optimizer plugin, and what holds for all of them.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(from = "OptimizerKeys")]
+pub struct Optimizer {
+    /// The plugin.
+    pub choice: PluginChoice,
+    /// Base learning rate, which the scheduler scales. Above 0.
+    pub lr: f64,
+    /// Weight decay of the parameters that [`Optimizer::decays`] names.
+    pub weight_decay: f64,
+    /// Parameters without weight decay: `"1d"` for all one-dimensional ones, otherwise a name in which `*` stands for
+    /// any text. The default `["1d", "*.bias"]` is the studies' grouping: biases and the scales and shifts of
+    /// normalisations do not decay, a 0-dimensional temperature does.
+    pub no_decay: Vec<String>,
+    /// Gradients are scaled down to this global L2 norm where they exceed it.
+    pub clip_grad_norm: Option<f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename = "Optimizer", deny_unknown_fields)]
+struct OptimizerKeys {
+    #[serde(deserialize_with = "plugin_id")]
+    plugin: String,
+    #[serde(default)]
+    config: serde_json::Map<String, serde_json::Value>,
+    #[serde(default)]
+    path: Option<PathBuf>,
+    #[serde(default, deserialize_with = "sha256")]
+    sha256: Option<String>,
+    #[serde(deserialize_with = "range::positive")]
+    lr: f64,
+    #[serde(default, deserialize_with = "range::not_negative")]
+    weight_decay: f64,
+    #[serde(default = "studies_no_decay")]
+    no_decay: Vec<String>,
+    #[serde(default, deserialize_with = "range::optional_positive")]
+    clip_grad_norm: Option<f64>,
+}
+
+fn studies_no_decay() -> Vec<String> {
+    vec!["1d".into(), "*.bias".into()]
+}
+
+impl From<OptimizerKeys> for Optimizer {
+    fn from(keys: OptimizerKeys) -> Self {
+        Optimizer {
+            choice: PluginChoice { plugin: keys.plugin, config: keys.config, path: keys.path, sha256: keys.sha256 },
+            lr: keys.lr,
+            weight_decay: keys.weight_decay,
+            no_decay: keys.no_decay,
+            clip_grad_norm: keys.clip_grad_norm,
+        }
+    }
+}
+
+impl Optimizer {
+    /// Whether weight decay applies to the parameter `name` of `dims` dimensions.
+    pub fn decays(&self, name: &str, dims: usize) -> bool {
+        !self.no_decay.iter().any(|pattern| match pattern.as_str() {
+            "1d" => dims == 1,
+            pattern => matches_pattern(pattern, name),
+        })
+    }
+}
+
+/// Whether `name` is `pattern`, in which `*` stands for any text, none included.
+fn matches_pattern(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = name.strip_prefix(first) else {
+        return false;
+    };
+    let Some(last) = parts.next_back() else {
+        return rest.is_empty();
+    };
+    // The leftmost place is always right for the parts between two stars.
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+/// The training loop.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Train {
+    /// Passes over the training data.
+    #[serde(deserialize_with = "range::at_least::<_, _, 1>")]
+    pub epochs: u64,
+    /// Ends the run after this many steps, though the schedule is still that of all epochs.
+    #[serde(default, deserialize_with = "range::optional_at_least::<_, _, 1>")]
+    pub steps: Option<u64>,
+    /// Image-text pairs in a step; the last, incomplete batch of an epoch is dropped. At least 2: a contrastive loss
+    /// needs a negative.
+    #[serde(deserialize_with = "range::at_least::<_, _, 2>")]
+    pub batch_size: usize,
+    /// Steps between two log lines.
+    #[serde(default = "ten", deserialize_with = "range::at_least::<_, _, 1>")]
+    pub log_every: u64,
+    /// Epochs between two evaluations; 0 evaluates at the end only.
+    #[serde(default = "one")]
+    pub eval_every: u64,
+    /// Epochs between two checkpoints; 0 writes one at the end only.
+    #[serde(default = "one")]
+    pub checkpoint_every: u64,
+    /// Compute threads; 0 takes all cores. The results are the same bits for any number.
+    #[serde(default)]
+    pub threads: usize,
+}
+
+fn one() -> u64 {
+    1
+}
+
+fn ten() -> u64 {
+    10
+}
+
+/// The evaluation on the validation data.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Eval {
+    /// Samples that are encoded at once; `None` takes the training batch size.
+    #[serde(deserialize_with = "range::optional_at_least::<_, _, 1>")]
+    pub batch_size: Option<usize>,
+}
+
+/// What computes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum Backend {
+    /// A GPU where there is one that can be used, otherwise the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// One NVIDIA GPU.
+    Cuda {
+        /// Its number, from 0.
+        #[serde(default)]
+        device: u32,
+    },
+}
+
+/// Arithmetic of the forward and backward pass. Weights and the optimizer are f32 in both.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// 32 bits throughout.
+    #[default]
+    F32,
+    /// Activations and matrix products in bfloat16, sums in f32.
+    Bf16,
+}
+
+impl<'de> Deserialize<'de> for Precision {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Name;
+        impl serde::de::Visitor<'_> for Name {
+            type Value = Precision;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("one of F32, Bf16")
+            }
+            fn visit_str<E: Error>(self, name: &str) -> Result<Precision, E> {
+                match name.to_ascii_lowercase().as_str() {
+                    "f32" => Ok(Precision::F32),
+                    "bf16" => Ok(Precision::Bf16),
+                    _ => Err(E::unknown_variant(name, &["F32", "Bf16"])),
+                }
+            }
+        }
+        deserializer.deserialize_identifier(Name)
+    }
+}
+
+/// Where plugins are found.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Plugins {
+    /// Library files, and folders of them, that are searched before `CLIP_HOST_PLUGIN_PATH` and the program's folder.
+    pub path: Vec<PathBuf>,
+}
+
+fn plugin_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let id = String::deserialize(deserializer)?;
+    if id.trim().is_empty() {
+        return Err(D::Error::custom("expected the id of a plugin, got an empty string"));
+    }
+    Ok(id)
+}
+
+fn sha256<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let sum = Option::<String>::deserialize(deserializer)?;
+    match &sum {
+        Some(text) if text.len() != 64 || !text.chars().all(|c| c.is_ascii_hexdigit()) => {
+            Err(D::Error::custom(format!("expected 64 hexadecimal digits, got {} characters", text.chars().count())))
+        }
+        _ => Ok(sum.map(|text| text.to_ascii_lowercase())),
+    }
+}
+
+// Back to RON, all defaults written out.
+
+fn path(path: &std::path::Path) -> Value {
+    Value::string(&path.to_string_lossy())
+}
+
+impl PluginChoice {
+    fn keys(&self) -> Vec<(&'static str, Value)> {
+        let mut keys = vec![("plugin", Value::string(&self.plugin))];
+        if let Some(file) = &self.path {
+            keys.push(("path", path(file)));
+        }
+        if let Some(sum) = &self.sha256 {
+            keys.push(("sha256", Value::string(sum)));
+        }
+        if !self.config.is_empty() {
+            let config = serde_json::Value::Object(self.config.clone());
+            keys.push(("config", Value::from_json(&config)));
+        }
+        keys
+    }
+
+    pub(crate) fn to_value(&self) -> Value {
+        Value::section(self.keys())
+    }
+}
+
+impl Model {
+    pub(crate) fn to_value(&self) -> Value {
+        Value::section([
+            ("image_encoder", self.image_encoder.to_value()),
+            ("text_encoder", self.text_encoder.to_value()),
+            ("embed_dim", Value::int(self.embed_dim as u64)),
+        ])
+    }
+}
+
+impl Optimizer {
+    pub(crate) fn to_value(&self) -> Value {
+        let mut keys = self.choice.keys();
+        keys.extend([
+            ("lr", Value::float(self.lr)),
+            ("weight_decay", Value::float(self.weight_decay)),
+            ("no_decay", Value::strings(&self.no_decay)),
+            ("clip_grad_norm", Value::optional(self.clip_grad_norm.map(Value::float))),
+        ]);
+        Value::section(keys)
+    }
+}
+
+impl Train {
+    pub(crate) fn to_value(&self) -> Value {
+        Value::section([
+            ("epochs", Value::int(self.epochs)),
+            ("steps", Value::optional(self.steps.map(Value::int))),
+            ("batch_size", Value::int(self.batch_size as u64)),
+            ("log_every", Value::int(self.log_every)),
+            ("eval_every", Value::int(self.eval_every)),
+            ("checkpoint_every", Value::int(self.checkpoint_every)),
+            ("threads", Value::int(self.threads as u64)),
+        ])
+    }
+}
+
+impl Eval {
+    pub(crate) fn to_value(&self) -> Value {
+        let batch_size = self.batch_size.map(|size| Value::int(size as u64));
+        Value::section([("batch_size", Value::optional(batch_size))])
+    }
+}
+
+impl Backend {
+    pub(crate) fn to_value(self) -> Value {
+        let name = |name: &str| Value::from(Kind::Name(name.to_string()));
+        match self {
+            Backend::Auto => name("Auto"),
+            Backend::Cpu => name("Cpu"),
+            Backend::Cuda { device } => {
+                let mut value = Value::section([("device", Value::int(device))]);
+                if let Kind::Struct(name, _) = &mut value.kind {
+                    *name = Some("Cuda".to_string());
+                }
+                value
+            }
+        }
+    }
+}
+
+impl Precision {
+    pub(crate) fn to_value(self) -> Value {
+        let name = match self {
+            Precision::F32 => "F32",
+            Precision::Bf16 => "Bf16",
+        };
+        Kind::Name(name.to_string()).into()
+    }
+}
+
+impl Plugins {
+    pub(crate) fn to_value(&self) -> Value {
+        let files = self.path.iter().map(|file| path(file)).collect();
+        Value::section([("path", Kind::List(files).into())])
+    }
+}
