@@ -54,7 +54,9 @@ impl Loss for DynamicTemperature {
         inputs: &LossInputs<'g>,
     ) -> Result<Tensor<'g>, BuildError> {
         if inputs.batch < 2 {
-            return Err(BuildError::new("dynamic_temperature needs pairs that do not match: at least 2 samples a batch"));
+            return Err(BuildError::new(
+                "dynamic_temperature needs pairs that do not match: at least 2 samples a batch",
+            ));
         }
         if !(config.initial_tau > 0.0 && config.min_tau > 0.0 && config.min_tau <= config.max_tau) {
             return Err(BuildError::new(format!(

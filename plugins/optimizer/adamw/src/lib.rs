@@ -49,11 +49,7 @@ impl Optimizer for AdamW {
         vec![("lr", lr), ("step_size", lr / correction1), ("v_scale", 1.0 / correction2.sqrt())]
     }
 
-    fn build<'g>(
-        config: &AdamWConfig,
-        graph: &'g Graph,
-        update: &ParamUpdate<'g>,
-    ) -> Result<Tensor<'g>, BuildError> {
+    fn build<'g>(config: &AdamWConfig, graph: &'g Graph, update: &ParamUpdate<'g>) -> Result<Tensor<'g>, BuildError> {
         let [beta1, beta2] = config.betas;
         if !config.betas.iter().all(|beta| (0.0..1.0).contains(beta)) {
             return Err(BuildError::new(format!("adamw takes betas in [0, 1); it got {beta1} and {beta2}")));

@@ -77,11 +77,7 @@ impl Optimizer for RAdam {
         vec![("lr", lr), ("step_size", lr * factor / correction1), ("rectified", f64::from(u8::from(rectified)))]
     }
 
-    fn build<'g>(
-        config: &RAdamConfig,
-        graph: &'g Graph,
-        update: &ParamUpdate<'g>,
-    ) -> Result<Tensor<'g>, BuildError> {
+    fn build<'g>(config: &RAdamConfig, graph: &'g Graph, update: &ParamUpdate<'g>) -> Result<Tensor<'g>, BuildError> {
         let [beta1, beta2] = config.betas;
         if !config.betas.iter().all(|beta| (0.0..1.0).contains(beta)) {
             return Err(BuildError::new(format!("radam takes betas in [0, 1); it got {beta1} and {beta2}")));

@@ -134,7 +134,10 @@ impl CosineConfig {
             return refuse("takes warmup_step_size with unit \"epoch\" only, it got unit \"step\"");
         }
         if !(self.t_mul >= 1.0 && self.t_mul.is_finite() && self.t_initial >= 0.0) {
-            return refuse(&format!("takes t_mul >= 1 and t_initial >= 0, it got {} and {}", self.t_mul, self.t_initial));
+            return refuse(&format!(
+                "takes t_mul >= 1 and t_initial >= 0, it got {} and {}",
+                self.t_mul, self.t_initial
+            ));
         }
         Ok(())
     }
