@@ -1,0 +1,202 @@
+//! Encoded image to 8-bit RGB, as Pillow's `Image.open(...).convert("RGB")` gives it.
+//!
+//! JPEG, PNG and WebP, told apart by their first bytes and not by their names. Alpha is dropped without blending, grey
+//! and palette images are widened, 16-bit channels keep their high byte, and EXIF orientation is ignored.
+
+use std::io::Cursor;
+
+use zune_core::bytestream::ZCursor;
+use zune_core::colorspace::ColorSpace;
+use zune_core::options::DecoderOptions;
+use zune_jpeg::JpegDecoder;
+
+use crate::stats::{BadSample, SkipCause};
+
+/// Most pixels of an image: a small file may claim any size, and memory must not follow it.
+pub const MAX_PIXELS: usize = 1 << 27;
+
+/// Longest side that the JPEG decoder is allowed.
+const MAX_SIDE: usize = 1 << 16;
+
+/// An 8-bit RGB image, `[height, width, 3]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RgbImage {
+    /// Pixels a row.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// `height · width · 3` bytes.
+    pub pixels: Vec<u8>,
+}
+
+impl RgbImage {
+    /// Sets the size, keeping the allocation; the contents are unspecified.
+    pub fn resize_to(&mut self, width: usize, height: usize) {
+        (self.width, self.height) = (width, height);
+        self.pixels.resize(width * height * 3, 0);
+    }
+}
+
+/// Decodes into recycled buffers.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    scratch: Vec<u8>,
+}
+
+impl Decoder {
+    /// Decodes a file.
+    ///
+    /// # Errors
+    /// [`BadSample`] with the cause: no known format, cut short, refused by its decoder, or too large.
+    pub fn decode(&mut self, file: &[u8], out: &mut RgbImage) -> Result<(), BadSample> {
+        match file {
+            [0xff, 0xd8, ..] => self.jpeg(file, out),
+            [0x89, b'P', b'N', b'G', ..] => self.png(file, out),
+            [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => self.webp(file, out),
+            [] => Err(BadSample::new(SkipCause::TruncatedImage, "the image has no bytes")),
+            _ => {
+                let start: String = file.iter().take(8).map(|b| format!("{b:02x} ")).collect();
+                Err(BadSample::new(SkipCause::UnsupportedImage, format!("no JPEG, PNG or WebP; starts with {start}")))
+            }
+        }
+    }
+
+    fn jpeg(&mut self, file: &[u8], out: &mut RgbImage) -> Result<(), BadSample> {
+        // The decoder fills up what is missing with grey; Pillow refuses such files, and so do we.
+        if !jpeg_is_complete(file) {
+            return Err(BadSample::new(SkipCause::TruncatedImage, "the JPEG has no end-of-image mark"));
+        }
+        let bad = |e: zune_jpeg::errors::DecodeErrors| BadSample::new(SkipCause::CorruptImage, format!("JPEG: {e}"));
+        let options = DecoderOptions::default().set_max_width(MAX_SIDE).set_max_height(MAX_SIDE);
+        let mut decoder = JpegDecoder::new_with_options(ZCursor::new(file), options);
+        decoder.decode_headers().map_err(bad)?;
+        let (width, height) = decoder.dimensions().unwrap_or((0, 0));
+        check_size(width, height)?;
+        // CMYK is converted here: Pillow's formula is not the decoder's.
+        let wanted = match decoder.input_colorspace() {
+            Some(ColorSpace::Luma) => ColorSpace::Luma,
+            Some(ColorSpace::CMYK) => ColorSpace::CMYK,
+            Some(ColorSpace::YCCK) => ColorSpace::YCCK,
+            _ => ColorSpace::RGB,
+        };
+        decoder.set_options(options.jpeg_set_out_colorspace(wanted));
+        out.resize_to(width, height);
+        if wanted == ColorSpace::RGB {
+            return decoder.decode_into(&mut out.pixels).map_err(bad);
+        }
+        let size = decoder.output_buffer_size().unwrap_or(0);
+        self.scratch.resize(size, 0);
+        decoder.decode_into(&mut self.scratch).map_err(bad)?;
+        match wanted {
+            ColorSpace::Luma => from_grey(&self.scratch, 1, &mut out.pixels),
+            _ => from_inverted_cmyk(&self.scratch, &mut out.pixels),
+        }
+        Ok(())
+    }
+
+    fn png(&mut self, file: &[u8], out: &mut RgbImage) -> Result<(), BadSample> {
+        let bad = |e: png::DecodingError| match e {
+            png::DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+                BadSample::new(SkipCause::TruncatedImage, "the PNG ends too early")
+            }
+            e => BadSample::new(SkipCause::CorruptImage, format!("PNG: {e}")),
+        };
+        let limits = png::Limits { bytes: 8 * MAX_PIXELS };
+        let mut decoder = png::Decoder::new_with_limits(Cursor::new(file), limits);
+        decoder.set_transformations(png::Transformations::EXPAND | png::Transformations::STRIP_16);
+        let mut reader = decoder.read_info().map_err(bad)?;
+        let (width, height) = (reader.info().width as usize, reader.info().height as usize);
+        check_size(width, height)?;
+        let size = reader.output_buffer_size().unwrap_or(0);
+        self.scratch.resize(size, 0);
+        let info = reader.next_frame(&mut self.scratch).map_err(bad)?;
+        out.resize_to(width, height);
+        let pixels = &self.scratch[..info.buffer_size().min(size)];
+        match info.color_type {
+            png::ColorType::Rgb => out.pixels.copy_from_slice(pixels),
+            png::ColorType::Rgba => drop_alpha(pixels, &mut out.pixels),
+            png::ColorType::Grayscale => from_grey(pixels, 1, &mut out.pixels),
+            png::ColorType::GrayscaleAlpha => from_grey(pixels, 2, &mut out.pixels),
+            png::ColorType::Indexed => {
+                return Err(BadSample::new(SkipCause::CorruptImage, "PNG: a palette image without its palette"));
+            }
+        }
+        Ok(())
+    }
+
+    fn webp(&mut self, file: &[u8], out: &mut RgbImage) -> Result<(), BadSample> {
+        let bad = |e: image_webp::DecodingError| match e {
+            image_webp::DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+                BadSample::new(SkipCause::TruncatedImage, "the WebP ends too early")
+            }
+            e => BadSample::new(SkipCause::CorruptImage, format!("WebP: {e}")),
+        };
+        let mut decoder = image_webp::WebPDecoder::new(Cursor::new(file)).map_err(bad)?;
+        let (width, height) = decoder.dimensions();
+        check_size(width as usize, height as usize)?;
+        let size = decoder.output_buffer_size().unwrap_or(0);
+        out.resize_to(width as usize, height as usize);
+        if !decoder.has_alpha() {
+            return decoder.read_image(&mut out.pixels).map_err(bad);
+        }
+        self.scratch.resize(size, 0);
+        decoder.read_image(&mut self.scratch).map_err(bad)?;
+        drop_alpha(&self.scratch, &mut out.pixels);
+        Ok(())
+    }
+}
+
+fn check_size(width: usize, height: usize) -> Result<(), BadSample> {
+    match width.checked_mul(height) {
+        Some(0) => Err(BadSample::new(SkipCause::CorruptImage, format!("{width}×{height} pixels"))),
+        Some(n) if n <= MAX_PIXELS => Ok(()),
+        _ => Err(BadSample::new(SkipCause::ImageTooLarge, format!("{width}×{height} pixels"))),
+    }
+}
+
+/// Whether an end-of-image marker follows the first scan. In coded data 0xff is always followed by 0x00 or a restart
+/// marker, so the pair ff d9 is the marker; the search starts at the scan because a thumbnail in the header has its own.
+fn jpeg_is_complete(file: &[u8]) -> bool {
+    let mut at = 2;
+    // Segments: ff, marker, two bytes of length that count themselves.
+    while let Some(&[0xff, marker]) = file.get(at..at + 2) {
+        if marker == 0xff {
+            at += 1;
+            continue;
+        }
+        let Some(&[high, low]) = file.get(at + 2..at + 4) else { return false };
+        at += 2 + usize::from(u16::from_be_bytes([high, low]));
+        if marker == 0xda {
+            break;
+        }
+    }
+    let Some(scans) = file.get(at..) else { return false };
+    // From the end, where the marker nearly always is.
+    scans.windows(2).rev().any(|pair| pair == [0xff, 0xd9])
+}
+
+fn drop_alpha(rgba: &[u8], rgb: &mut [u8]) {
+    for (out, pixel) in rgb.chunks_exact_mut(3).zip(rgba.chunks_exact(4)) {
+        out.copy_from_slice(&pixel[..3]);
+    }
+}
+
+/// Grey, or grey with alpha (`channels` = 2), to RGB.
+fn from_grey(grey: &[u8], channels: usize, rgb: &mut [u8]) {
+    for (out, pixel) in rgb.chunks_exact_mut(3).zip(grey.chunks_exact(channels)) {
+        out.fill(pixel[0]);
+    }
+}
+
+/// CMYK as Adobe writes it into JPEG (inverted: 255 is no ink) to RGB as Pillow does: each colour times the paper's
+/// white, `255 − (c·k' / 255 + k)` with k' = 255 − k, which in inverted values is `c·k / 255`, rounded.
+fn from_inverted_cmyk(cmyk: &[u8], rgb: &mut [u8]) {
+    for (out, pixel) in rgb.chunks_exact_mut(3).zip(cmyk.chunks_exact(4)) {
+        let key = u32::from(pixel[3]);
+        for (o, &c) in out.iter_mut().zip(&pixel[..3]) {
+            // Pillow's MULDIV255 on the ink values.
+            let t = (255 - u32::from(c)) * key + 128;
+            *o = (key as i32 - (((t >> 8) + t) >> 8) as i32).clamp(0, 255) as u8;
+        }
+    }
+}
