@@ -76,7 +76,7 @@ impl<'g> Net<'g, '_> {
         let inner = self.linear(&format!("{name}.ffn.lin1"), x, hidden);
         let inner = match self.config.activation {
             Activation::Gelu => inner.gelu(),
-            Activation::Relu => relu(inner),
+            Activation::Relu => inner.relu(),
         };
         let y = self.linear(&format!("{name}.ffn.lin2"), inner, dim).dropout(self.dropout);
         self.layer_norm(&format!("{name}.output_layer_norm"), y + x)
@@ -109,10 +109,4 @@ impl<'g> Net<'g, '_> {
         let bias = self.graph.param(&format!("{name}.bias"), &[dim], Init::Constant(0.0));
         x.layer_norm(weight, bias, self.config.layer_norm_eps)
     }
-}
-
-/// max(x, 0) with gradient 0 at 0, as PyTorch has it.
-fn relu(x: Tensor<'_>) -> Tensor<'_> {
-    // In this order a NaN stays one.
-    x.le(0.0).where_(0.0, x)
 }

@@ -49,13 +49,13 @@ impl<'g> Net<'g, '_> {
             Stem::Plain3x3 => self.conv("conv1", images, width, 3, 1),
             Stem::Deep => {
                 let x = self.conv("conv1.0", images, width, 3, 2);
-                let x = relu(self.norm("conv1.1", x, Gain::One)?);
+                let x = self.norm("conv1.1", x, Gain::One)?.relu();
                 let x = self.conv("conv1.3", x, width, 3, 1);
-                let x = relu(self.norm("conv1.4", x, Gain::One)?);
+                let x = self.norm("conv1.4", x, Gain::One)?.relu();
                 self.conv("conv1.6", x, 2 * width, 3, 1)
             }
         };
-        let x = relu(self.norm("bn1", x, Gain::One)?);
+        let x = self.norm("bn1", x, Gain::One)?.relu();
         if self.config.stem == Stem::Plain3x3 {
             return Ok(x);
         }
@@ -84,13 +84,13 @@ impl<'g> Net<'g, '_> {
         let out = width * block.expansion();
         let branch = match block {
             Block::Basic => {
-                let y = relu(norm("bn1", conv("conv1", x, width, 3, stride), Gain::One)?);
+                let y = norm("bn1", conv("conv1", x, width, 3, stride), Gain::One)?.relu();
                 norm("bn2", conv("conv2", y, out, 3, 1), last)?
             }
             Block::Bottleneck => {
-                let y = relu(norm("bn1", conv("conv1", x, width, 1, 1), Gain::One)?);
+                let y = norm("bn1", conv("conv1", x, width, 1, 1), Gain::One)?.relu();
                 // The stride is on the 3x3 convolution ("ResNet v1.5"), as in torchvision and timm.
-                let y = relu(norm("bn2", conv("conv2", y, width, 3, stride), Gain::One)?);
+                let y = norm("bn2", conv("conv2", y, width, 3, stride), Gain::One)?.relu();
                 norm("bn3", conv("conv3", y, out, 1, 1), last)?
             }
         };
@@ -99,7 +99,7 @@ impl<'g> Net<'g, '_> {
         } else {
             x
         };
-        Ok(relu(branch + shortcut))
+        Ok((branch + shortcut).relu())
     }
 
     /// A square convolution without bias whose padding keeps the size at stride 1; Kaiming-normal by the fan-out
@@ -156,11 +156,4 @@ impl<'g> Net<'g, '_> {
         graph.update(batches, batches + 1.0);
         Ok(x.batch_norm(weight, bias, self.config.bn_eps))
     }
-}
-
-/// max(x, 0) with gradient 0 at 0, as PyTorch has it. That case is common: a block that starts as its shortcut applies
-/// this to an input that already went through it.
-fn relu(x: Tensor<'_>) -> Tensor<'_> {
-    // In this order a NaN stays one.
-    x.le(0.0).where_(0.0, x)
 }

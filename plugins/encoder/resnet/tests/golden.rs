@@ -120,8 +120,8 @@ fn stems() {
     let small = build(&config(Stem::Plain3x3, 64), 2, 32, true).expect("builds");
     assert_eq!(params(&small)["conv1.weight"], [64, 3, 3, 3]);
     let last = |fragment: &Fragment| {
-        let convs = fragment.nodes.iter().filter(|n| matches!(n.op, Op::Conv2d(_)));
-        convs.last().map(|n| n.shape[2..].to_vec())
+        let mut convs = fragment.nodes.iter().filter(|n| matches!(n.op, Op::Conv2d(_)));
+        convs.next_back().map(|n| n.shape[2..].to_vec())
     };
     assert_eq!(last(&small), Some(vec![4, 4]));
     assert_eq!(last(&deep), Some(vec![2, 2]));
