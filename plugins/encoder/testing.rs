@@ -59,3 +59,34 @@ pub fn params(fragment: &Fragment) -> BTreeMap<&str, &[usize]> {
 pub fn count(fragment: &Fragment) -> usize {
     params(fragment).values().map(|shape| shape.iter().product::<usize>()).sum()
 }
+
+/// Every range that the settings' schema states is also checked by the plugin itself: `refuses` gets the settings with
+/// one number just above its range.
+pub fn assert_ranges_checked<C: schemars::JsonSchema + serde::Serialize + Default>(
+    refuses: impl Fn(serde_json::Value) -> bool,
+) {
+    let schema = schemars::schema_for!(C).to_value();
+    let defaults = serde_json::to_value(C::default()).expect("settings are JSON");
+    let properties = schema["properties"].as_object().expect("a schema of a struct");
+    let mut checked = 0;
+    for (name, property) in properties {
+        assert!(property.get("description").is_some(), "`{name}` has no documentation");
+        let (maximum, list) = match (property.get("maximum"), property["items"].get("maximum")) {
+            (Some(maximum), _) => (maximum, false),
+            (None, Some(maximum)) => (maximum, true),
+            (None, None) => continue,
+        };
+        let above = match defaults[name].is_f64() {
+            true => serde_json::json!(maximum.as_f64().expect("a number") + 0.01),
+            false => serde_json::json!(maximum.as_f64().expect("a number") as u64 + 1),
+        };
+        let mut settings = defaults.clone();
+        match list {
+            true => settings[name][1] = above,
+            false => settings[name] = above,
+        }
+        assert!(refuses(settings), "`{name}` may exceed its range");
+        checked += 1;
+    }
+    assert!(checked > 0, "no range was found: {schema}");
+}

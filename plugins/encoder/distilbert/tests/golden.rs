@@ -8,7 +8,7 @@ use clip_host_plugin_api::encoder::{EncoderRequest, InputShape};
 use clip_host_plugin_api::graph::BuildError;
 use clip_host_plugin_api::ir::{Fragment, Init, Op};
 use clip_host_plugin_api::testing::Harness;
-use golden::{Golden, assert_close, count, params};
+use golden::{Golden, assert_close, assert_ranges_checked, count, params};
 
 const BATCH: usize = 4;
 const LENGTH: usize = 12;
@@ -181,4 +181,13 @@ fn refusals_say_what_is_wrong() {
     assert!(error.contains("text_encoder"), "{error}");
     let unknown = serde_json::json!({ "layers": 6 });
     assert!(serde_json::from_value::<DistilBertConfig>(unknown).is_err());
+}
+
+#[test]
+fn ranges_are_those_of_the_schema() {
+    assert_ranges_checked::<DistilBertConfig>(|settings| {
+        let request = EncoderRequest { config: settings, ..request(&small(), 2, 12, false) };
+        let answer = clip_host_plugin_api::encoder::build::<DistilBert>(&request);
+        answer.is_err_and(|error| error.to_string().contains("building a distilbert: expected"))
+    });
 }

@@ -8,7 +8,7 @@ use clip_host_plugin_api::encoder::{EncoderRequest, InputShape};
 use clip_host_plugin_api::graph::BuildError;
 use clip_host_plugin_api::ir::{Fragment, Init, Op};
 use clip_host_plugin_api::testing::Harness;
-use golden::{Golden, assert_close, count, params};
+use golden::{Golden, assert_close, assert_ranges_checked, count, params};
 
 fn request(config: &ResNetConfig, batch: usize, size: usize, training: bool) -> EncoderRequest {
     let config = serde_json::to_value(config).expect("settings are JSON");
@@ -199,4 +199,13 @@ fn refusals_say_what_is_wrong() {
     assert!(serde_json::from_value::<ResNetConfig>(unknown).is_err());
     let written = serde_json::json!({ "preset": "resnet18", "stem": "7x7", "block": "basic" });
     assert!(serde_json::from_value::<ResNetConfig>(written).is_ok());
+}
+
+#[test]
+fn ranges_are_those_of_the_schema() {
+    assert_ranges_checked::<ResNetConfig>(|settings| {
+        let request = EncoderRequest { config: settings, ..request(&ResNetConfig::default(), 2, 32, false) };
+        let answer = clip_host_plugin_api::encoder::build::<ResNet>(&request);
+        answer.is_err_and(|error| error.to_string().contains("building a resnet: expected"))
+    });
 }
