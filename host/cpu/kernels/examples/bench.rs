@@ -1,7 +1,8 @@
 //! Speed of the kernels on the shapes of ResNet-50 and DistilBERT: `bench [threads] [filter]`.
 
 use std::hint::black_box;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use clip_host_cpu_kernels::{
     ConvShape, Gemm, Pool2dShape, ThreadPool, conv2d_forward, conv2d_input_grad, conv2d_weight_grad, copy_strided,
@@ -15,6 +16,7 @@ fn main() {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let threads = arguments.next().and_then(|threads| threads.parse().ok()).unwrap_or(cores);
     let filter = arguments.next().unwrap_or_default();
+    ONE_THREAD.store(threads == 1, Ordering::Relaxed);
     let pool = ThreadPool::new(threads);
     let limit = peak::measure(&pool, BUDGET);
     println!(
@@ -30,6 +32,30 @@ fn main() {
             bench(&pool);
         }
     }
+}
+
+/// Seconds per call. One thread is measured by the processor time it got, so that other programs on the machine
+/// disturb less; several threads by the fastest run.
+fn fastest(mut work: impl FnMut()) -> f64 {
+    if !ONE_THREAD.load(Ordering::Relaxed) {
+        return peak::fastest(BUDGET, work);
+    }
+    let Some(_) = processor_time() else { return peak::fastest(BUDGET, work) };
+    work();
+    let (begin, start, mut runs) = (Instant::now(), processor_time().unwrap_or_default(), 0);
+    while runs < 3 || begin.elapsed() < BUDGET {
+        work();
+        runs += 1;
+    }
+    (processor_time().unwrap_or_default() - start) / runs as f64
+}
+
+static ONE_THREAD: AtomicBool = AtomicBool::new(false);
+
+/// Seconds that this thread has run on a processor, where the system tells.
+fn processor_time() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    text.split(' ').next()?.parse::<f64>().ok().map(|nanoseconds| nanoseconds * 1e-9)
 }
 
 fn values(len: usize) -> Vec<f32> {
@@ -56,7 +82,7 @@ fn gemms(pool: &ThreadPool) {
         ];
         print!("gemm {m}x{n}x{k}:");
         for (name, g) in variants {
-            let seconds = peak::fastest(BUDGET, || gemm(pool, &g, &a, &b, black_box(&mut c)));
+            let seconds = fastest(|| gemm(pool, &g, &a, &b, black_box(&mut c)));
             print!("  {name} {:.0}", flops / seconds / 1e9);
         }
         println!(" GFLOP/s");
@@ -98,8 +124,8 @@ fn attention(pool: &ThreadPool) {
             ..scale
         };
         let flops = (2 * images * heads * tokens * tokens * width) as f64;
-        let first = peak::fastest(BUDGET, || gemm(pool, &scale, &q, &v, black_box(&mut scores)));
-        let second = peak::fastest(BUDGET, || gemm(pool, &mix, &scores, &v, black_box(&mut out)));
+        let first = fastest(|| gemm(pool, &scale, &q, &v, black_box(&mut scores)));
+        let second = fastest(|| gemm(pool, &mix, &scores, &v, black_box(&mut out)));
         let rates = (flops / first / 1e9, flops / second / 1e9);
         println!("attention {tokens} tokens: Q K' {:.0}  P V {:.0} GFLOP/s", rates.0, rates.1);
     }
@@ -154,9 +180,9 @@ fn convolutions(pool: &ThreadPool) {
         let (mut x, mut w, mut y) = (input.clone(), weight.clone(), output.clone());
         let flops = shape.flops() as f64;
         let seconds = [
-            peak::fastest(BUDGET, || conv2d_forward(pool, &shape, &input, &weight, None, black_box(&mut y), false)),
-            peak::fastest(BUDGET, || conv2d_input_grad(pool, &shape, &output, &weight, black_box(&mut x), false)),
-            peak::fastest(BUDGET, || conv2d_weight_grad(pool, &shape, &input, &output, black_box(&mut w), false)),
+            fastest(|| conv2d_forward(pool, &shape, &input, &weight, None, black_box(&mut y), false)),
+            fastest(|| conv2d_input_grad(pool, &shape, &output, &weight, black_box(&mut x), false)),
+            fastest(|| conv2d_weight_grad(pool, &shape, &input, &output, black_box(&mut w), false)),
         ];
         let rate = |direction: usize| flops / seconds[direction] / 1e9;
         println!(
@@ -187,13 +213,15 @@ fn memory(pool: &ThreadPool) {
     let (n, c, h, w) = (16, 64, 112, 112);
     let (input, mut out) = (values(n * c * h * w), vec![0f32; n * c * h * w]);
     let bytes = input.len() * 4;
+    let plain = || copy_strided(pool, &[n * c * h * w], &[1], &input, &mut out);
+    bandwidth("plain copy", bytes, fastest(plain));
     let to_nhwc = || copy_strided(pool, &[n, h, w, c], &[c * h * w, w, 1, h * w], &input, &mut out);
-    bandwidth("NCHW to NHWC", bytes, peak::fastest(BUDGET, to_nhwc));
+    bandwidth("NCHW to NHWC", bytes, fastest(to_nhwc));
     let to_nchw = || copy_strided(pool, &[n, c, h, w], &[c * h * w, 1, w * c, c], &input, &mut out);
-    bandwidth("NHWC to NCHW", bytes, peak::fastest(BUDGET, to_nchw));
+    bandwidth("NHWC to NCHW", bytes, fastest(to_nchw));
     let heads =
         || copy_strided(pool, &[16, 12, 1024, 64], &[12 * 64 * 1024, 64, 768, 1], &input, &mut out[..12_582_912]);
-    bandwidth("split heads", 12_582_912 * 4, peak::fastest(BUDGET, heads));
+    bandwidth("split heads", 12_582_912 * 4, fastest(heads));
 
     let shape = Pool2dShape {
         batch: n,
@@ -207,17 +235,16 @@ fn memory(pool: &ThreadPool) {
         padding: (1, 1),
     };
     let (mut pooled, incoming) = (vec![0f32; shape.output_len()], values(shape.output_len()));
-    let forward = peak::fastest(BUDGET, || max_pool2d_forward(pool, &shape, &input, black_box(&mut pooled)));
+    let forward = fastest(|| max_pool2d_forward(pool, &shape, &input, black_box(&mut pooled)));
     bandwidth("max pool forward (input)", bytes, forward);
     let backward = || max_pool2d_backward(pool, &shape, &input, &incoming, black_box(&mut out));
-    bandwidth("max pool backward (input)", bytes, peak::fastest(BUDGET, backward));
+    bandwidth("max pool backward (input)", bytes, fastest(backward));
 
     let (table, ids) = (values(30_522 * 768), (0..480).map(|at| at * 61 % 30_522).collect::<Vec<i32>>());
     let (mut rows, mut grad) = (vec![0f32; 480 * 768], table.clone());
-    let seconds = peak::fastest(BUDGET, || gather_rows(pool, &table, 768, &ids, black_box(&mut rows)).unwrap_or(()));
+    let seconds = fastest(|| gather_rows(pool, &table, 768, &ids, black_box(&mut rows)).unwrap_or(()));
     bandwidth("gather", rows.len() * 4, seconds);
-    let seconds =
-        peak::fastest(BUDGET, || scatter_add_rows(pool, &rows, 768, &ids, black_box(&mut grad)).unwrap_or(()));
+    let seconds = fastest(|| scatter_add_rows(pool, &rows, 768, &ids, black_box(&mut grad)).unwrap_or(()));
     bandwidth("scatter add", rows.len() * 4, seconds);
 
     for kernel in [3, 7] {
@@ -238,8 +265,8 @@ fn memory(pool: &ThreadPool) {
         let (x, weight, mut y) = (values(shape.input_len()), values(shape.weight_len()), values(shape.output_len()));
         let mut w = weight.clone();
         let flops = shape.flops() as f64;
-        let forward = peak::fastest(BUDGET, || conv2d_forward(pool, &shape, &x, &weight, None, &mut y, false));
-        let weight_grad = peak::fastest(BUDGET, || conv2d_weight_grad(pool, &shape, &x, &y, &mut w, false));
+        let forward = fastest(|| conv2d_forward(pool, &shape, &x, &weight, None, &mut y, false));
+        let weight_grad = fastest(|| conv2d_weight_grad(pool, &shape, &x, &y, &mut w, false));
         let rates = (flops / forward / 1e9, flops / weight_grad / 1e9);
         println!("depthwise {kernel}x{kernel}: forward {:.1}, weight grad {:.1} GFLOP/s", rates.0, rates.1);
     }

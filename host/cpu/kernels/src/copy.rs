@@ -8,8 +8,10 @@ pub const MAX_DIMS: usize = 6;
 
 /// Elements per task, about: 64 KiB.
 const TASK: usize = 16 * 1024;
-/// Side of a transposed block: its 64 source lines and 64 destination lines stay in L1.
-const BLOCK: usize = 64;
+/// Sides of a transposed block. Along the long one the 16 lines that lie far apart are walked in runs that the
+/// processor's prefetcher follows; the short one keeps the block in L2, where the other side is revisited.
+const LONG: usize = 256;
+const SHORT: usize = 64;
 
 /// A dimension of the copy: size, stride in the source, stride in the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -118,38 +120,41 @@ fn copy_runs(pool: &ThreadPool, dims: &[Dim], input: &[f32], out: SharedMut<'_, 
 /// Transposes blocks: `lines` is contiguous in the source, `inner` in the destination.
 fn transpose(pool: &ThreadPool, outer: &[Dim], lines: Dim, inner: Dim, input: &[f32], out: SharedMut<'_, f32>) {
     let kernels = micro_kernels(pool.isa());
-    let (across, along) = (lines.len.div_ceil(BLOCK), inner.len.div_ceil(BLOCK));
+    let far_source = inner.src > lines.dst;
+    let (line_block, inner_block) = if far_source { (LONG, SHORT) } else { (SHORT, LONG) };
+    // A far destination takes 16 lines at a time, a far source all lines of the block.
+    let line_step = if far_source { line_block } else { 16 };
+    let (across, along) = (lines.len.div_ceil(line_block), inner.len.div_ceil(inner_block));
     let planes: usize = outer.iter().map(|dim| dim.len).product();
     let blocks = planes * across * along;
-    let per_task = (TASK / (lines.len.min(BLOCK) * inner.len.min(BLOCK))).max(1);
+    let per_task = (TASK / (lines.len.min(line_block) * inner.len.min(inner_block))).max(1);
     pool.run(blocks.div_ceil(per_task), &|task, _| {
         for block in task * per_task..blocks.min((task + 1) * per_task) {
             let (plane, place) = (block / (across * along), block % (across * along));
-            let (first_line, first) = (place / along * BLOCK, place % along * BLOCK);
+            let (first_line, first) = (place / along * line_block, place % along * inner_block);
+            let (last_line, last) = (lines.len.min(first_line + line_block), inner.len.min(first + inner_block));
             let (src, dst) = offsets(outer, plane);
-            let count = BLOCK.min(lines.len - first_line);
-            let end = inner.len.min(first + BLOCK);
-            let mut at = first;
-            while at < end {
-                let width = (end - at).min(16);
-                let src = src + at * inner.src + first_line;
-                let dst = dst + first_line * lines.dst + at;
-                if width == 16 {
-                    let pointers: [*const f32; 16] =
-                        std::array::from_fn(|line| input[src + line * inner.src..][..count].as_ptr());
-                    // SAFETY: each of the 16 pointers is to `count` floats; a row of the destination takes exactly
-                    // these 16, which belong to this task.
-                    unsafe { (kernels.transpose)(&pointers, count, out.as_ptr().add(dst), lines.dst) };
-                } else {
-                    for line in 0..count {
-                        // SAFETY: these elements belong to this task.
-                        let out = unsafe { out.slice(dst + line * lines.dst, width) };
-                        for (at, out) in out.iter_mut().enumerate() {
-                            *out = input[src + at * inner.src + line];
+            for line in (first_line..last_line).step_by(line_step) {
+                let count = line_step.min(last_line - line);
+                for at in (first..last).step_by(16) {
+                    let (src, dst) = (src + at * inner.src + line, dst + line * lines.dst + at);
+                    let width = (last - at).min(16);
+                    if width == 16 {
+                        let pointers: [*const f32; 16] =
+                            std::array::from_fn(|at| input[src + at * inner.src..][..count].as_ptr());
+                        // SAFETY: each of the 16 pointers is to `count` floats; a row of the destination takes
+                        // exactly these 16, which belong to this task.
+                        unsafe { (kernels.transpose)(&pointers, count, out.as_ptr().add(dst), lines.dst) };
+                    } else {
+                        for at in 0..width {
+                            let values = &input[src + at * inner.src..][..count];
+                            for (line, value) in values.iter().enumerate() {
+                                // SAFETY: within the output, and part of this task's block.
+                                unsafe { out.as_ptr().add(dst + line * lines.dst + at).write(*value) };
+                            }
                         }
                     }
                 }
-                at += width;
             }
         }
     });

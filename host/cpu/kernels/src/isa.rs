@@ -56,6 +56,42 @@ impl Isa {
     }
 }
 
+/// Defines a function that is compiled once per instruction set and takes the one to use as its first argument; the
+/// compiler vectorises each copy with what it may assume. No copy contracts products and sums, so that all of them
+/// give the same bits.
+macro_rules! per_isa {
+    ($(#[$attribute:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block) => {
+        $(#[$attribute])*
+        fn $name(isa: $crate::isa::Isa, $($argument: $type),*) {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn portable($($argument: $type),*) $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx2($($argument: $type),*) {
+                portable($($argument),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx512($($argument: $type),*) {
+                portable($($argument),*)
+            }
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: a pool has no instruction set that was not detected.
+                $crate::isa::Isa::Avx512 => unsafe { avx512($($argument),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                $crate::isa::Isa::Avx2 => unsafe { avx2($($argument),*) },
+                _ => portable($($argument),*),
+            }
+        }
+    };
+}
+pub(crate) use per_isa;
+
 #[cfg(test)]
 mod tests {
     use super::*;

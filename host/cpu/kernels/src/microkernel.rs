@@ -155,6 +155,8 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f")]
+    // Counted loops over constants, which the compiler unrolls into registers.
+    #[allow(clippy::needless_range_loop)]
     unsafe fn tile_avx512<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
         const MR: usize = 12;
         let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
@@ -313,6 +315,8 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx2,fma")]
+    // Counted loops over constants, which the compiler unrolls into registers.
+    #[allow(clippy::needless_range_loop)]
     unsafe fn tile_avx2<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
         const MR: usize = 6;
         let mut acc = [[_mm256_setzero_ps(); VECTORS]; ROWS];

@@ -1,6 +1,7 @@
 //! Max and average pooling over NHWC activations.
 
 use crate::conv::ConvShape;
+use crate::isa::per_isa;
 use crate::threads::{SharedMut, ThreadPool};
 
 /// The sizes of a pooling. Pairs are (height, width).
@@ -105,21 +106,35 @@ pub fn max_pool2d_forward(pool: &ThreadPool, shape: &Pool2dShape, input: &[f32],
     let output = SharedMut::new(output);
     pool.run(s.batch * s.out_h, &|row, _| {
         // SAFETY: each task has its own row of the output.
-        let out = unsafe { output.slice(row * s.out_w * c, s.out_w * c) };
-        let (image, (y0, y1)) = (row / s.out_h, s.rows(row % s.out_h));
-        for (x, out) in out.chunks_exact_mut(c.max(1)).enumerate() {
-            let (x0, x1) = s.cols(x);
-            out.fill(f32::NEG_INFINITY);
-            for y in y0..y1 {
-                for x in x0..x1 {
-                    let values = &input[((image * s.in_h + y) * s.in_w + x) * c..][..c];
-                    for (out, value) in out.iter_mut().zip(values) {
-                        *out = if *value > *out || value.is_nan() { *value } else { *out };
-                    }
+        max_row(pool.isa(), &s, input, row, unsafe { output.slice(row * s.out_w * c, s.out_w * c) });
+    });
+}
+
+per_isa! {
+/// The maxima of a row of windows.
+fn max_row(s: &Pool2dShape, input: &[f32], row: usize, out: &mut [f32]) {
+    let c = s.channels;
+    let (image, (y0, y1)) = (row / s.out_h, s.rows(row % s.out_h));
+    for (x, out) in out.chunks_exact_mut(c.max(1)).enumerate() {
+        let (x0, x1) = s.cols(x);
+        out.fill(f32::NEG_INFINITY);
+        for y in y0..y1 {
+            for x in x0..x1 {
+                let values = &input[((image * s.in_h + y) * s.in_w + x) * c..][..c];
+                for (out, value) in out.iter_mut().zip(values) {
+                    *out = if wins(*value, *out) { *value } else { *out };
                 }
             }
         }
-    });
+    }
+}
+}
+
+/// Whether a value replaces the maximum so far: equal ones do not, NaN does,
+/// and stays.
+#[inline(always)]
+fn wins(value: f32, best: f32) -> bool {
+    value > best || value.is_nan()
 }
 
 /// The gradient of [`max_pool2d_forward`]: each window's gradient goes to its first maximum, row by row.
@@ -138,47 +153,77 @@ pub fn max_pool2d_backward(
     let (s, c) = (*shape, shape.channels);
     let grad = SharedMut::new(input_grad);
     // Windows of an image overlap; bands of input rows do not. A band looks at all windows that reach into it.
-    const BAND: usize = 8;
     let bands = s.in_h.div_ceil(BAND);
     pool.run(s.batch * bands, &|task, worker| {
-        let (image, band) = (task / bands, task % bands);
-        let (top, bottom) = (band * BAND, s.in_h.min((band + 1) * BAND));
+        let (image, top) = (task / bands, task % bands * BAND);
+        let rows = s.in_h.min(top + BAND) - top;
         // SAFETY: each task has its own rows of the gradient.
-        let grad = unsafe { grad.slice((image * s.in_h + top) * s.in_w * c, (bottom - top) * s.in_w * c) };
-        grad.fill(0.0);
+        let grad = unsafe { grad.slice((image * s.in_h + top) * s.in_w * c, rows * s.in_w * c) };
         let mut scratch = pool.scratch(worker, 2 * c);
         let (best, place) = scratch.split_at_mut(c);
-        let first = Pool2dShape::windows_of(top, s.kernel.0, s.stride.0, s.padding.0, s.out_h).0;
-        let last = Pool2dShape::windows_of(bottom - 1, s.kernel.0, s.stride.0, s.padding.0, s.out_h).1;
-        for y in first..last {
-            let (y0, y1) = s.rows(y);
-            for x in 0..s.out_w {
-                let (x0, x1) = s.cols(x);
-                best.fill(f32::NEG_INFINITY);
-                place.fill(0.0);
-                for (at, (y, x)) in (y0..y1).flat_map(|y| (x0..x1).map(move |x| (y, x))).enumerate() {
+        max_band(pool.isa(), &s, input, output_grad, image, top, grad, best, place);
+    });
+}
+
+/// Input rows of a task of the backward pass.
+const BAND: usize = 16;
+
+per_isa! {
+/// The gradient of the input rows from `top` on.
+#[allow(clippy::too_many_arguments)]
+fn max_band(
+    s: &Pool2dShape,
+    input: &[f32],
+    output_grad: &[f32],
+    image: usize,
+    top: usize,
+    grad: &mut [f32],
+    best: &mut [f32],
+    place: &mut [f32],
+) {
+    let c = s.channels;
+    grad.fill(0.0);
+    if grad.is_empty() {
+        return;
+    }
+    let bottom = top + grad.len() / (s.in_w * c);
+    let first = Pool2dShape::windows_of(top, s.kernel.0, s.stride.0, s.padding.0, s.out_h).0;
+    let last = Pool2dShape::windows_of(bottom - 1, s.kernel.0, s.stride.0, s.padding.0, s.out_h).1;
+    for y in first..last {
+        let (y0, y1) = s.rows(y);
+        for x in 0..s.out_w {
+            let (x0, x1) = s.cols(x);
+            best.fill(f32::NEG_INFINITY);
+            place.fill(0.0);
+            // The place within the window is kept as a float: exact, and as wide as the values.
+            let mut at = 0.0;
+            for y in y0..y1 {
+                for x in x0..x1 {
                     let values = &input[((image * s.in_h + y) * s.in_w + x) * c..][..c];
-                    // The place within the window is kept as the bits of a float beside the maximum.
-                    let bits = f32::from_bits(at as u32);
                     for ((best, place), value) in best.iter_mut().zip(place.iter_mut()).zip(values) {
-                        let wins = *value > *best || value.is_nan();
+                        let wins = wins(*value, *best);
                         *best = if wins { *value } else { *best };
-                        *place = if wins { bits } else { *place };
+                        *place = if wins { at } else { *place };
                     }
+                    at += 1.0;
                 }
-                let incoming = &output_grad[((image * s.out_h + y) * s.out_w + x) * c..][..c];
-                for (at, (y, x)) in (y0..y1).flat_map(|y| (x0..x1).map(move |x| (y, x))).enumerate() {
-                    if y < top || y >= bottom {
-                        continue;
+            }
+            let incoming = &output_grad[((image * s.out_h + y) * s.out_w + x) * c..][..c];
+            let mut at = 0.0;
+            for y in y0..y1 {
+                for x in x0..x1 {
+                    if y >= top && y < bottom {
+                        let grad = &mut grad[((y - top) * s.in_w + x) * c..][..c];
+                        for ((grad, place), incoming) in grad.iter_mut().zip(place.iter()).zip(incoming) {
+                            *grad += if *place == at { *incoming } else { 0.0 };
+                        }
                     }
-                    let grad = &mut grad[((y - top) * s.in_w + x) * c..][..c];
-                    for ((grad, place), incoming) in grad.iter_mut().zip(&*place).zip(incoming) {
-                        *grad += if place.to_bits() == at as u32 { *incoming } else { 0.0 };
-                    }
+                    at += 1.0;
                 }
             }
         }
-    });
+    }
+}
 }
 
 /// `output = sum over the window / its size`; with `count_include_pad` the size counts padding, as PyTorch's default.
