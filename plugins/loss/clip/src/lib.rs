@@ -26,7 +26,7 @@ pub enum Mode {
     Personalized,
 }
 
-/// Settings of [`Clip`].
+/// Settings of the `clip` loss.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ClipConfig {

@@ -11,7 +11,7 @@
 
 use clip_host_plugin_api::prelude::*;
 
-/// Settings of [`DynamicTemperature`].
+/// Settings of the `dynamic_temperature` loss.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DynamicTemperatureConfig {

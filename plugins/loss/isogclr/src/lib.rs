@@ -23,7 +23,7 @@
 
 use clip_host_plugin_api::prelude::*;
 
-/// Settings of [`IsogClr`].
+/// Settings of the `isogclr` loss.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct IsogClrConfig {

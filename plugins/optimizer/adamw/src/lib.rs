@@ -13,7 +13,7 @@
 
 use clip_host_plugin_api::prelude::*;
 
-/// Settings of [`AdamW`].
+/// Settings of the `adamw` optimizer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdamWConfig {

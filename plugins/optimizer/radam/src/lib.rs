@@ -16,7 +16,7 @@
 
 use clip_host_plugin_api::prelude::*;
 
-/// Whose RAdam.
+/// Whose RAdam it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Variant {
@@ -27,7 +27,7 @@ pub enum Variant {
     Torch,
 }
 
-/// Settings of [`RAdam`].
+/// Settings of the `radam` optimizer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RAdamConfig {
@@ -37,7 +37,7 @@ pub struct RAdamConfig {
     /// Added to the root of the second moment.
     #[schemars(range(min = 0.0))]
     pub eps: f64,
-    /// Whose RAdam.
+    /// Whose RAdam it is.
     pub variant: Variant,
 }
 

@@ -3,7 +3,7 @@
 use clip_host_plugin_api::prelude::*;
 use clip_host_plugin_api::serde_json::Value;
 
-/// Settings of [`Constant`].
+/// Settings of the `constant` scheduler.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConstantConfig {

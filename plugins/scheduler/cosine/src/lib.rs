@@ -23,7 +23,7 @@ pub enum Unit {
     Epoch,
 }
 
-/// Settings of [`Cosine`].
+/// Settings of the `cosine` scheduler.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct CosineConfig {
