@@ -28,7 +28,7 @@ pub(crate) fn deserialize_all<T: DeserializeOwned>(value: &Value, path: &KeyPath
         let error = match T::deserialize(De::new(value, &skip)) {
             Ok(read) if found.is_empty() => return Ok(read),
             Ok(_) => return Err(found),
-            Err(error) => error,
+            Err(error) => *error.0,
         };
         let at = error.at.unwrap_or(value.span);
         let poison = error.poison.unwrap_or(at);
@@ -72,9 +72,12 @@ enum What {
     Follows,
 }
 
-/// serde's error, on its way up to the root.
+/// serde's error, on its way up to the root. Boxed, because each level hands it on beside values that are small.
 #[derive(Debug)]
-pub(crate) struct DeError {
+pub(crate) struct DeError(Box<Details>);
+
+#[derive(Debug)]
+struct Details {
     what: What,
     message: String,
     hint: Option<String>,
@@ -87,7 +90,12 @@ pub(crate) struct DeError {
 
 impl DeError {
     fn new(what: What, message: String) -> Self {
-        DeError { what, message, hint: None, at: None, poison: None, path: Vec::new() }
+        DeError(Box::new(Details { what, message, hint: None, at: None, poison: None, path: Vec::new() }))
+    }
+
+    fn hint(mut self, hint: Option<String>) -> Self {
+        self.0.hint = hint;
+        self
     }
 
     fn expected(what: &str) -> Self {
@@ -96,9 +104,9 @@ impl DeError {
 
     /// Says that the error is about `value`, unless a deeper one has been named.
     fn about(mut self, value: &Value) -> Self {
-        if let (What::Type(expected), None) = (&self.what, self.at) {
-            self.message = format!("expected {expected}, got {}", value.describe());
-            self.hint = match &value.kind {
+        if let (What::Type(expected), None) = (&self.0.what, self.0.at) {
+            self.0.message = format!("expected {expected}, got {}", value.describe());
+            self.0.hint = match &value.kind {
                 Kind::Name(name) if expected.starts_with("a string") => {
                     Some(format!("texts are written in quotes: {name:?}"))
                 }
@@ -112,20 +120,20 @@ impl DeError {
                 _ => None,
             };
         }
-        self.at.get_or_insert(value.span);
-        self.poison.get_or_insert(value.span);
+        self.0.at.get_or_insert(value.span);
+        self.0.poison.get_or_insert(value.span);
         self
     }
 
     fn under(mut self, segment: Segment) -> Self {
-        self.path.push(segment);
+        self.0.path.push(segment);
         self
     }
 }
 
 impl fmt::Display for DeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
+        f.write_str(&self.0.message)
     }
 }
 
@@ -184,17 +192,11 @@ impl de::Error for DeError {
 
     fn unknown_field(field: &str, valid: &'static [&'static str]) -> Self {
         let near = crate::error::nearest(field, valid.iter().copied()).map(str::to_string);
-        DeError {
-            hint: name_hint(field, "keys", valid),
-            ..DeError::new(What::Unknown { near }, format!("unknown key `{field}`"))
-        }
+        DeError::new(What::Unknown { near }, format!("unknown key `{field}`")).hint(name_hint(field, "keys", valid))
     }
 
     fn unknown_variant(variant: &str, valid: &'static [&'static str]) -> Self {
-        DeError {
-            hint: name_hint(variant, "names", valid),
-            ..DeError::new(What::Other, format!("unknown name `{variant}`"))
-        }
+        DeError::new(What::Other, format!("unknown name `{variant}`")).hint(name_hint(variant, "names", valid))
     }
 }
 
@@ -466,8 +468,8 @@ impl<'v> de::MapAccess<'v> for Fields<'v> {
         };
         let key = de::value::StrDeserializer::new(&field.name);
         seed.deserialize(key).map(Some).map_err(|mut error: DeError| {
-            error.at = Some(field.name_span);
-            error.poison = Some(field.value.span);
+            error.0.at = Some(field.name_span);
+            error.0.poison = Some(field.value.span);
             error.under(Segment::Key(field.name.clone()))
         })
     }
@@ -505,7 +507,7 @@ impl<'v> de::MapAccess<'v> for Entries<'v> {
         };
         seed.deserialize(de.inner(key)).map(Some).map_err(|error| {
             let mut error = error.about(key);
-            error.poison = Some(value.span);
+            error.0.poison = Some(value.span);
             error.under(key_segment(key))
         })
     }

@@ -78,6 +78,9 @@ pub enum Segment {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct KeyPath(pub Vec<Segment>);
 
+/// A segment and its byte range.
+pub(crate) type Placed = (Segment, Range<usize>);
+
 impl KeyPath {
     /// Reads `a.b[0].c`; the empty text is the root.
     ///
@@ -89,7 +92,7 @@ impl KeyPath {
     }
 
     /// As [`KeyPath::parse`], each segment with its byte range in `text`.
-    pub(crate) fn parse_placed(text: &str) -> Result<Vec<(Segment, Range<usize>)>, (usize, String)> {
+    pub(crate) fn parse_placed(text: &str) -> Result<Vec<Placed>, (usize, String)> {
         let mut segments = Vec::new();
         let mut at = 0;
         let mut key_expected = true;

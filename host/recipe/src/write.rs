@@ -23,8 +23,11 @@ fn name_of(value: &Value) -> &str {
     }
 }
 
+/// Opening and closing bracket, and what is between them: the key with its colon, if there is one, and the value.
+type Parts<'v> = (char, char, Vec<(String, &'v Value)>);
+
 /// The brackets of a value that holds others, and each of those with its key.
-fn parts(value: &Value) -> Option<(char, char, Vec<(String, &Value)>)> {
+fn parts(value: &Value) -> Option<Parts<'_>> {
     Some(match &value.kind {
         Kind::List(items) => ('[', ']', items.iter().map(|v| (String::new(), v)).collect()),
         Kind::Tuple(_, items) => ('(', ')', items.iter().map(|v| (String::new(), v)).collect()),
