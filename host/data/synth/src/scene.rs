@@ -96,7 +96,7 @@ fn distance_squared(a: [f32; 3], b: [f32; 3]) -> f32 {
 
 /// Whether the colour stands out from the background.
 pub fn stands_out(colour: Colour, background: Background) -> bool {
-    background.palette().iter().all(|&base| distance_squared(colour.rgb(), background.wash(base)) > 72.0 * 72.0)
+    background.palette().iter().all(|&base| distance_squared(colour.rgb(), background.wash(base)) > 86.0 * 86.0)
 }
 
 /// One object. `x`, `y` and `radius` are in units of 1/64 of the picture's side, whatever its size in pixels.
@@ -201,6 +201,10 @@ pub fn is_sound(scene: &Scene) -> bool {
             return false;
         }
         if a.size == Size::Small && a.texture != Texture::Plain {
+            return false;
+        }
+        if a.shape == Shape::Ring && a.texture == Texture::Outlined {
+            // Two outlines leave nothing of the ring's own colour.
             return false;
         }
         if objects[..i].iter().any(|b| a.kind() == b.kind()) {

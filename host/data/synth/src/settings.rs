@@ -64,14 +64,14 @@ impl Difficulty {
                 family: 3,
             },
             Self::Standard => Settings {
-                objects: [76, 22, 2],
+                objects: [78, 19, 3],
                 clutter: 4,
                 noise: 1.0,
                 jitter: 10.0,
                 tilt: 0.12,
-                omit: 20,
+                omit: 12,
                 typo: 3,
-                family: 5,
+                family: 4,
             },
             Self::Hard => Settings {
                 objects: [30, 40, 30],

@@ -24,7 +24,7 @@ const VAL: u64 = 2;
 /// Whether the unordered pair of kinds is held out under this seed.
 pub fn held_out(seed: u64, a: &Object, b: &Object) -> bool {
     let (low, high) = (a.kind().min(b.kind()) as u64, a.kind().max(b.kind()) as u64);
-    mix(seed ^ 0x4e1d_0000 ^ mix(low * 1_000 + high)) % 5 == 0
+    mix(seed ^ 0x4e1d_0000 ^ mix(low * 1_000 + high)).is_multiple_of(5)
 }
 
 fn shows_held_out(seed: u64, scene: &Scene) -> bool {

@@ -34,7 +34,7 @@ pub fn build<'a>(captions: impl Iterator<Item = &'a str>) -> Vec<String> {
     tokens.extend(alphabet().map(|c| format!("##{c}")));
     let mut frequent: Vec<(String, usize)> = counts.into_iter().filter(|(word, _)| word.len() > 1).collect();
     // The map was in alphabetical order and the sort is stable, so ties are settled.
-    frequent.sort_by(|a, b| b.1.cmp(&a.1));
+    frequent.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
     tokens.extend(frequent.into_iter().map(|(word, _)| word));
     tokens
 }
