@@ -1,0 +1,77 @@
+//! Builds the fixture plugins of `tests/fixtures/plugins` and tells where their libraries are.
+//!
+//! `cargo test` builds no cdylibs for others to open, so tests that load plugins build them first. One cargo call builds
+//! all; it goes to a folder of its own under the target folder, so that it is quick from the second time on and no other
+//! build's libraries lie beside. Uses nothing but the standard library: a crate's own tests include it with `#[path]`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The workspace's root, from the manifest folder of any of its crates.
+pub fn root() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root =
+        manifest.ancestors().find(|folder| folder.join("plugin-api").is_dir() && folder.join("Cargo.lock").is_file());
+    root.expect("the crate lies in the workspace").to_path_buf()
+}
+
+/// The target folder that the running test was built into.
+pub fn target() -> PathBuf {
+    let exe = std::env::current_exe().expect("a test knows its own file");
+    let deps = exe.ancestors().find(|folder| folder.file_name().is_some_and(|name| name == "deps"));
+    let target = deps.and_then(|deps| deps.parent()?.parent());
+    target.expect("tests run from target/<profile>/deps").to_path_buf()
+}
+
+/// The folder with all fixtures' libraries, built if need be. Panics with cargo's own words if they do not build.
+pub fn folder() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let workspace = root().join("tests/fixtures/plugins");
+        pin_versions(&workspace);
+        let target = target().join("fixtures");
+        // Offline first: the versions are those that the running test itself was built from, so they are here.
+        let (built, words) = build(&workspace, &target, true);
+        if !built {
+            let (built, words_online) = build(&workspace, &target, false);
+            assert!(built, "the fixture plugins do not build.\noffline: {words}\nonline: {words_online}");
+        }
+        target.join("release")
+    })
+}
+
+/// The library of one fixture, by its folder's name: `library("good_loss")`.
+pub fn library(name: &str) -> PathBuf {
+    let (prefix, suffix) = (std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    let file = folder().join(format!("{prefix}{name}{suffix}"));
+    assert!(file.is_file(), "there is no fixture `{name}`: {} is missing", file.display());
+    file
+}
+
+/// Copies the root's Cargo.lock beside the fixtures, so that they get the same versions of everything: type layouts are
+/// part of the boundary. Cargo then drops from the copy what the fixtures do not need.
+fn pin_versions(workspace: &Path) {
+    let (from, to) = (root().join("Cargo.lock"), workspace.join("Cargo.lock"));
+    let modified = |path: &Path| std::fs::metadata(path).and_then(|meta| meta.modified());
+    if let (Ok(from), Ok(to)) = (modified(&from), modified(&to))
+        && from <= to
+    {
+        return;
+    }
+    // Copied aside and renamed: another test program may be at the same.
+    let aside = workspace.join(format!("Cargo.lock.{}", std::process::id()));
+    let copied =
+        std::fs::read(&from).and_then(|lock| std::fs::write(&aside, lock)).and_then(|()| std::fs::rename(&aside, &to));
+    copied.expect("the fixtures' folder can be written");
+}
+
+fn build(workspace: &Path, target: &Path, offline: bool) -> (bool, String) {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    cargo.current_dir(workspace).args(["build", "--release", "--workspace", "--quiet"]).arg("--target-dir").arg(target);
+    if offline {
+        cargo.arg("--offline");
+    }
+    let output = cargo.output().expect("cargo can be started");
+    (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
