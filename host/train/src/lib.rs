@@ -1,1 +1,31 @@
-//! clip-host-train
+//! Training: from a recipe to a run folder with checkpoints, metrics and curves.
+//!
+//! The modules stand in the order in which a run meets them:
+//!
+//! 1. [`assemble`]: the recipe's plugins, loaded and configured, and the model that they make;
+//! 2. [`run_folder`]: where everything goes;
+//! 3. [`train_loop`]: steps, evaluations, checkpoints;
+//! 4. [`evaluate`]: retrieval over the held-out pairs;
+//! 5. [`progress`] shows, [`metrics`] records, [`checkpoint`] saves and restores, [`report`] draws.
+//!
+//! What a run computes is a function of its recipe, its data and its plugins: a run that was killed at any instant and
+//! resumed ends with the same bits as one that was not, tables of the loss included.
+
+pub mod assemble;
+mod atomic;
+pub mod checkpoint;
+pub mod error;
+pub mod evaluate;
+pub mod metrics;
+pub mod progress;
+pub mod report;
+pub mod run_folder;
+#[cfg(test)]
+mod testing;
+pub mod train_loop;
+
+pub use assemble::Plugins;
+pub use error::{Result, TrainError};
+pub use progress::Progress;
+pub use run_folder::RunFolder;
+pub use train_loop::{Interrupt, Job, Summary, train};

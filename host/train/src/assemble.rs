@@ -1,0 +1,186 @@
+//! The recipe's plugins, loaded and configured, and the model that they make.
+
+use crate::error::TrainError;
+use crate::run_folder::PluginRecord;
+use clip_host_data::DataConfig;
+use clip_host_model::{ModelSpec, Part};
+use clip_host_plugin_api::describe::Kind;
+use clip_host_plugin_api::scheduler::{Progress, ScheduleAnswer, ScheduleRequest};
+use clip_host_plugins::{Plugin, PluginError, Registry};
+use clip_host_recipe::{Backend, PluginChoice, Precision, Recipe, RecipeError};
+use std::sync::Arc;
+
+/// The plugins of a run, each with its complete settings.
+#[derive(Clone)]
+pub struct Plugins {
+    /// Encoder of images.
+    pub image_encoder: Part,
+    /// Encoder of captions.
+    pub text_encoder: Part,
+    /// The loss.
+    pub loss: Part,
+    /// The optimizer.
+    pub optimizer: Part,
+    /// The learning-rate schedule.
+    pub scheduler: Part,
+}
+
+/// The registry that a recipe asks for.
+pub fn registry(recipe: &Recipe) -> Registry {
+    Registry::scan(&recipe.plugins.path)
+}
+
+/// The last line `hint: …` of a message, apart from the rest.
+pub fn split_hint(text: &str) -> (String, Option<String>) {
+    match text.rsplit_once("\nhint: ") {
+        Some((message, hint)) => (message.into(), Some(hint.into())),
+        None => (text.into(), None),
+    }
+}
+
+impl Plugins {
+    /// Loads the recipe's plugins and checks their settings.
+    ///
+    /// # Errors
+    /// Everything that is wrong with any of them, each where the recipe says it.
+    pub fn choose(recipe: &Recipe, registry: &Registry) -> Result<Plugins, Vec<RecipeError>> {
+        let mut errors = Vec::new();
+        let mut part = |kind: Kind, section: &str, choice: &PluginChoice| {
+            let chosen = choose(recipe, registry, kind, section, choice);
+            chosen.map_err(|found| errors.extend(found)).ok()
+        };
+        let image_encoder = part(Kind::Encoder, "model.image_encoder", &recipe.model.image_encoder);
+        let text_encoder = part(Kind::Encoder, "model.text_encoder", &recipe.model.text_encoder);
+        let loss = part(Kind::Loss, "loss", &recipe.loss);
+        let optimizer = part(Kind::Optimizer, "optimizer", &recipe.optimizer.choice);
+        let scheduler = part(Kind::Scheduler, "scheduler", &recipe.scheduler);
+        match (image_encoder, text_encoder, loss, optimizer, scheduler) {
+            (Some(image_encoder), Some(text_encoder), Some(loss), Some(optimizer), Some(scheduler)) => {
+                Ok(Plugins { image_encoder, text_encoder, loss, optimizer, scheduler })
+            }
+            _ => Err(errors),
+        }
+    }
+
+    /// The plugins with what they are in the run, in processing order.
+    pub fn parts(&self) -> [(&'static str, &Part); 5] {
+        [
+            ("image_encoder", &self.image_encoder),
+            ("text_encoder", &self.text_encoder),
+            ("loss", &self.loss),
+            ("optimizer", &self.optimizer),
+            ("scheduler", &self.scheduler),
+        ]
+    }
+
+    /// What `plugins.json` records.
+    pub fn records(&self) -> Vec<PluginRecord> {
+        let record = |(role, part): (&str, &Part)| PluginRecord {
+            role: role.into(),
+            id: part.plugin.id().into(),
+            version: part.plugin.version().into(),
+            file: part.plugin.file().into(),
+            sha256: part.plugin.sha256().into(),
+        };
+        self.parts().map(record).into()
+    }
+
+    /// The model of a recipe. `dataset_size` is the length of per-sample tables: the larger of the numbers of training
+    /// images and captions.
+    pub fn model(&self, recipe: &Recipe, data: &DataConfig, dataset_size: usize) -> ModelSpec {
+        ModelSpec {
+            image_encoder: self.image_encoder.clone(),
+            text_encoder: self.text_encoder.clone(),
+            loss: self.loss.clone(),
+            optimizer: self.optimizer.clone(),
+            embed_dim: recipe.model.embed_dim,
+            batch: recipe.train.batch_size,
+            image_size: data.image_size,
+            text_length: data.text.max_length,
+            dataset_size,
+            weight_decay: recipe.optimizer.weight_decay,
+            no_decay: recipe.optimizer.no_decay.clone(),
+            clip_grad_norm: recipe.optimizer.clip_grad_norm,
+            seed: recipe.seed,
+            threads: recipe.train.threads,
+        }
+    }
+
+    /// The learning rate of the coming step, and what the scheduler wants to remember.
+    ///
+    /// # Errors
+    /// The plugin's.
+    pub fn learning_rate(&self, progress: Progress, state: serde_json::Value) -> Result<ScheduleAnswer, PluginError> {
+        let config = self.scheduler.config.clone();
+        self.scheduler.plugin.schedule(&ScheduleRequest { config, progress, state })
+    }
+
+    /// Number of token ids that the text encoder has embeddings for, where its settings say so under the usual name.
+    pub fn vocab_size(&self) -> Option<usize> {
+        let size = self.text_encoder.config.get("vocab_size")?.as_u64()?;
+        usize::try_from(size).ok()
+    }
+}
+
+fn choose(
+    recipe: &Recipe,
+    registry: &Registry,
+    kind: Kind,
+    section: &str,
+    choice: &PluginChoice,
+) -> Result<Part, Vec<RecipeError>> {
+    use clip_host_recipe::Part as RecipePart;
+    let plugin: Arc<Plugin> = registry
+        .choose(kind, &choice.plugin, choice.path.as_deref(), choice.sha256.as_deref())
+        .map_err(|error| {
+            if let Some(details) = error.details() {
+                tracing::debug!("{details}");
+            }
+            let (message, hint) = split_hint(&error.to_string());
+            vec![recipe.error_at(&format!("{section}.plugin"), RecipePart::Value, message, hint)]
+        })?;
+    let config = plugin.complete(&choice.config).map_err(|errors| {
+        let placed = errors.into_iter().map(|error| {
+            let path = format!("{section}.config.{}", error.path);
+            let part = match error.part {
+                clip_host_plugins::Part::Key => RecipePart::Key,
+                clip_host_plugins::Part::Value => RecipePart::Value,
+            };
+            recipe.error_at(path.trim_end_matches('.'), part, format!("{}: {}", error.plugin, error.message), error.hint)
+        });
+        placed.collect::<Vec<_>>()
+    })?;
+    Ok(Part { plugin, config })
+}
+
+/// What a recipe asks for that this build does not have: errors, then warnings.
+pub fn check_backend(recipe: &Recipe) -> (Vec<RecipeError>, Vec<String>) {
+    use clip_host_recipe::Part as RecipePart;
+    let mut errors = Vec::new();
+    let mut warnings = Vec::new();
+    if let Backend::Cuda { .. } = recipe.backend {
+        let hint = "write `backend: Cpu`, or `Auto` for whatever there is".to_string();
+        errors.push(recipe.error_at("backend", RecipePart::Value, "this build has no CUDA backend", Some(hint)));
+    }
+    if recipe.precision == Precision::Bf16 {
+        warnings.push("precision: the CPU backend computes in F32; Bf16 only saves time where it is available".into());
+    }
+    (errors, warnings)
+}
+
+/// A plugin's refusal as this crate's error.
+pub(crate) fn plugin_error(error: &PluginError) -> TrainError {
+    TrainError::Plugin(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hint_is_the_last_line() {
+        assert_eq!(split_hint("a\nb\nhint: c"), ("a\nb".into(), Some("c".into())));
+        assert_eq!(split_hint("a\nhint: b\nhint: c"), ("a\nhint: b".into(), Some("c".into())));
+        assert_eq!(split_hint("a"), ("a".into(), None));
+    }
+}
