@@ -9,7 +9,7 @@
 //! small for tasks enough and the depth is long, the depth is cut into chunks, a number fixed by the shape, whose
 //! partial products are added in ascending order.
 
-use crate::microkernel::{MAX_MR, MicroKernels, SLACK, Tile, micro_kernels};
+use crate::microkernel::{MAX_MR, MicroKernels, SLACK, Tile, micro_kernels, prefetch};
 use crate::threads::{SharedMut, ThreadPool};
 
 /// Depth of a packed block: a panel of A (12 x 384 floats, 18 KiB) stays in L1.
@@ -18,6 +18,8 @@ const DEPTH: usize = 384;
 const ROWS: usize = 96;
 /// Columns of a task: the block of B (384 x 384 floats, 576 KiB) stays in L2.
 const COLS: usize = 384;
+/// Columns of B that one task packs: a multiple of every `nr`.
+const PACK_COLS: usize = 256;
 /// Tasks that a split of the depth aims for.
 const SPLIT_TASKS: usize = 32;
 /// Largest C for which the depth is split, in elements.
@@ -52,6 +54,35 @@ pub(crate) trait Panels: Sync {
         dst: *mut f32,
         width: usize,
     );
+
+    /// Packs any number of lines as neighbouring panels, `len * width` floats each. Operands whose lines are
+    /// neighbours in memory take the depth as the outer loop, so that memory is read in long runs.
+    ///
+    /// # Safety
+    /// As for [`pack`](Self::pack), with room for all panels; they may be packed in any order.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn pack_block(
+        &self,
+        kernels: &MicroKernels,
+        batch: usize,
+        line: usize,
+        lines: usize,
+        depth: usize,
+        len: usize,
+        dst: *mut f32,
+        width: usize,
+    ) {
+        for at in (0..lines).step_by(width) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let dst = dst.add(at * len);
+                self.pack(kernels, batch, line + at, width.min(lines - at), depth, len, dst, width);
+            }
+        }
+    }
+
+    /// Hints that this panel is packed next.
+    fn prefetch(&self, _batch: usize, _line: usize, _lines: usize, _depth: usize, _len: usize) {}
 }
 
 /// Where the rows of C lie.
@@ -219,21 +250,19 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
     /// See [`multiply`].
     unsafe fn pack_b(&self, pool: &ThreadPool, packed: SharedMut<'_, f32>, grid: &Grid) {
         let (p, nr) = (self.problem, self.kernels.nr);
-        let panels = grid.cols.len().div_ceil(nr);
-        let padded = panels * nr;
-        pool.run(grid.batches.len() * panels, &|task, _| {
-            let (batch, col) = (task / panels, task % panels * nr);
-            for depth in (0..p.k).step_by(self.depth) {
-                let len = self.depth.min(p.k - depth);
-                let at = packed_offset(p.k, padded, batch, depth, len, col);
-                debug_assert!(at + len * nr <= packed.len());
-                // SAFETY: each task writes its own panels, and nothing past them: panels of B are whole vectors.
-                unsafe {
-                    let first = grid.cols.start + col;
-                    let lines = nr.min(grid.cols.end - first);
-                    let dst = packed.as_ptr().add(at);
-                    self.b.pack(self.kernels, grid.batches.start + batch, first, lines, depth, len, dst, nr);
-                }
+        let padded = grid.cols.len().next_multiple_of(nr);
+        let (blocks, groups) = (p.k.div_ceil(self.depth), padded.div_ceil(PACK_COLS));
+        pool.run(grid.batches.len() * blocks * groups, &|task, _| {
+            let (batch, depth) = (task / (blocks * groups), task / groups % blocks * self.depth);
+            let col = task % groups * PACK_COLS;
+            let len = self.depth.min(p.k - depth);
+            let at = packed_offset(p.k, padded, batch, depth, len, col);
+            let (first, lines) = (grid.cols.start + col, PACK_COLS.min(grid.cols.len() - col));
+            debug_assert!(at + len * lines.next_multiple_of(nr) <= packed.len());
+            // SAFETY: each task writes its own panels, and nothing past them: panels of B are whole vectors.
+            unsafe {
+                let dst = packed.as_ptr().add(at);
+                self.b.pack_block(self.kernels, grid.batches.start + batch, first, lines, depth, len, dst, nr);
             }
         });
     }
@@ -355,14 +384,10 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
                     unsafe { packed.as_ptr().add(at).cast_const() }
                 }
                 None => {
-                    for col in (0..cols).step_by(nr) {
-                        let dst = b_block[col * len..].as_mut_ptr();
-                        let lines = nr.min(cols - col);
-                        // SAFETY: within the operand; the scratch has room for whole panels and the slack.
-                        unsafe {
-                            let first = block.cols.start + col;
-                            self.b.pack(self.kernels, block.batch, first, lines, depth, len, dst, nr);
-                        }
+                    let dst = b_block.as_mut_ptr();
+                    // SAFETY: within the operand; the scratch has room for whole panels and the slack.
+                    unsafe {
+                        self.b.pack_block(self.kernels, block.batch, block.cols.start, cols, depth, len, dst, nr);
                     }
                     b_block.as_ptr()
                 }
@@ -372,6 +397,10 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
                 // SAFETY: within the operand; the scratch has room for one panel and the slack.
                 unsafe { self.a.pack(self.kernels, block.batch, row, count, depth, len, a_panel, mr) };
                 rows.offsets(block.batch, row, &mut c_rows[..count]);
+                let next = row + mr;
+                if next < block.rows.end {
+                    self.a.prefetch(block.batch, next, mr.min(block.rows.end - next), depth, len);
+                }
                 for col in (0..cols).step_by(nr) {
                     let bias = match bias {
                         Some(bias) if last => bias[block.cols.start + col..].as_ptr(),
@@ -437,7 +466,7 @@ impl<F: Fn(usize) -> usize + Sync> Panels for Strided<'_, F> {
         dst: *mut f32,
         width: usize,
     ) {
-        let start = (self.batch)(batch) + line * self.line + depth * self.depth;
+        let start = self.start(batch, line, depth);
         debug_assert!(start + (lines - 1) * self.line + (len - 1) * self.depth < self.data.len());
         // SAFETY: all offsets are inside the operand, by the caller's promise.
         unsafe {
@@ -461,6 +490,46 @@ impl<F: Fn(usize) -> usize + Sync> Panels for Strided<'_, F> {
                 }
             }
         }
+    }
+
+    unsafe fn pack_block(
+        &self,
+        kernels: &MicroKernels,
+        batch: usize,
+        line: usize,
+        lines: usize,
+        depth: usize,
+        len: usize,
+        dst: *mut f32,
+        width: usize,
+    ) {
+        // A few rows at a time: reads run along the rows, writes stay in a few lines of each panel.
+        let rows = if self.line == 1 && lines > width { 8 } else { len };
+        for k in (0..len).step_by(rows.max(1)) {
+            for at in (0..lines).step_by(width) {
+                let (count, rows) = (width.min(lines - at), rows.min(len - k));
+                // SAFETY: the caller's promise; rows of a panel follow each other.
+                unsafe {
+                    let dst = dst.add(at * len + k * width);
+                    self.pack(kernels, batch, line + at, count, depth + k, rows, dst, width);
+                }
+            }
+        }
+    }
+
+    fn prefetch(&self, batch: usize, line: usize, lines: usize, depth: usize, len: usize) {
+        let start = self.data.as_ptr().wrapping_add(self.start(batch, line, depth));
+        if self.line == 1 {
+            (0..len).for_each(|k| prefetch(start.wrapping_add(k * self.depth), lines));
+        } else if self.depth == 1 {
+            (0..lines).for_each(|line| prefetch(start.wrapping_add(line * self.line), len));
+        }
+    }
+}
+
+impl<F: Fn(usize) -> usize + Sync> Strided<'_, F> {
+    fn start(&self, batch: usize, line: usize, depth: usize) -> usize {
+        (self.batch)(batch) + line * self.line + depth * self.depth
     }
 }
 

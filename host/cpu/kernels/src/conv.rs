@@ -10,7 +10,7 @@
 
 use crate::blocked::{DenseRows, Panels, Problem, Rows, SLOT_CALLER, Strided, copy_lines, multiply};
 use crate::depthwise;
-use crate::microkernel::{MAX_NR, MicroKernels};
+use crate::microkernel::{MAX_NR, MicroKernels, prefetch};
 use crate::threads::{SharedMut, ThreadPool};
 
 /// The sizes of a convolution. Pairs are (height, width).
@@ -464,13 +464,92 @@ impl Panels for Patches<'_> {
             k += count;
         }
     }
+
+    fn prefetch(&self, batch: usize, line: usize, lines: usize, depth: usize, len: usize) {
+        // Larger windows overlap, so that most of the next panel is near already.
+        if self.ys.count * self.xs.count == 1 {
+            let mut pixel = self.pixel(line);
+            for _ in 0..lines {
+                if let Some(start) = self.at(&pixel, 0, 0, batch) {
+                    prefetch(self.data.as_ptr().wrapping_add(start + depth), len);
+                }
+                self.next(&mut pixel);
+            }
+        }
+    }
 }
 
 /// The same windows with lines and depth exchanged: lines are (tap, channel), depth is pixels.
 struct PatchColumns<'a>(Patches<'a>);
 
+/// Neighbouring lines of one tap and one panel.
+#[derive(Clone, Copy, Default)]
+struct Segment {
+    tap_y: usize,
+    tap_x: usize,
+    from: usize,
+    count: usize,
+    /// Place in the first row of the packed block.
+    dst: usize,
+}
+
+/// Segments that are packed together.
+const SEGMENTS: usize = 64;
+
+impl PatchColumns<'_> {
+    /// Packs segments, pixel by pixel.
+    ///
+    /// # Safety
+    /// For each of `len` rows of `width`, `dst` is writable where the segments say.
+    unsafe fn pack_segments(
+        &self,
+        batch: usize,
+        segments: &[Segment],
+        depth: usize,
+        len: usize,
+        dst: *mut f32,
+        width: usize,
+    ) {
+        let patches = &self.0;
+        let wide = patches.is_wide();
+        let mut pixel = patches.pixel(depth);
+        for k in 0..len {
+            for segment in segments {
+                let count = segment.count;
+                // SAFETY: the caller's promise.
+                let out = unsafe { std::slice::from_raw_parts_mut(dst.add(segment.dst + k * width), count) };
+                if wide {
+                    patches.copy_wide(&pixel, segment.tap_y, segment.from, out);
+                } else if let Some(start) = patches.at(&pixel, segment.tap_y, segment.tap_x, batch) {
+                    let source = &patches.data[start + segment.from..start + segment.from + count];
+                    // SAFETY: both slices have `count` floats and do not overlap.
+                    unsafe { copy_lines(source.as_ptr(), 0, count, 1, out.as_mut_ptr(), 0) };
+                } else {
+                    out.fill(0.0);
+                }
+            }
+            patches.next(&mut pixel);
+        }
+    }
+}
+
 impl Panels for PatchColumns<'_> {
     unsafe fn pack(
+        &self,
+        kernels: &MicroKernels,
+        batch: usize,
+        line: usize,
+        lines: usize,
+        depth: usize,
+        len: usize,
+        dst: *mut f32,
+        width: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { self.pack_block(kernels, batch, line, lines, depth, len, dst, width) }
+    }
+
+    unsafe fn pack_block(
         &self,
         _: &MicroKernels,
         batch: usize,
@@ -481,29 +560,21 @@ impl Panels for PatchColumns<'_> {
         dst: *mut f32,
         width: usize,
     ) {
-        let patches = &self.0;
-        let (wide, run) = (patches.is_wide(), patches.runs());
-        let mut done = 0;
+        let (wide, run) = (self.0.is_wide(), self.0.runs());
+        let mut segments = [Segment::default(); SEGMENTS];
+        let (mut done, mut count) = (0, 0);
         while done < lines {
             let (tap, from) = ((line + done) / run, (line + done) % run);
-            let count = (run - from).min(lines - done);
-            let (tap_y, tap_x) = if wide { (tap, 0) } else { (tap / patches.xs.count, tap % patches.xs.count) };
-            let mut pixel = patches.pixel(depth);
-            for k in 0..len {
-                // SAFETY: `done + count` is at most `lines`, and the caller promises `len` rows of `width`.
-                let out = unsafe { std::slice::from_raw_parts_mut(dst.add(k * width + done), count) };
-                if wide {
-                    patches.copy_wide(&pixel, tap_y, from, out);
-                } else if let Some(start) = patches.at(&pixel, tap_y, tap_x, batch) {
-                    let source = &patches.data[start + from..start + from + count];
-                    // SAFETY: both slices have `count` floats and do not overlap.
-                    unsafe { copy_lines(source.as_ptr(), 0, count, 1, out.as_mut_ptr(), 0) };
-                } else {
-                    out.fill(0.0);
-                }
-                patches.next(&mut pixel);
+            let length = (run - from).min(lines - done).min(width - done % width);
+            let (tap_y, tap_x) = if wide { (tap, 0) } else { (tap / self.0.xs.count, tap % self.0.xs.count) };
+            let dst_at = done / width * len * width + done % width;
+            segments[count] = Segment { tap_y, tap_x, from, count: length, dst: dst_at };
+            (done, count) = (done + length, count + 1);
+            if count == SEGMENTS || done == lines {
+                // SAFETY: the caller promises the panels that the segments are in.
+                unsafe { self.pack_segments(batch, &segments[..count], depth, len, dst, width) };
+                count = 0;
             }
-            done += count;
         }
     }
 }

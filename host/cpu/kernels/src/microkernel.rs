@@ -63,6 +63,19 @@ pub(crate) fn micro_kernels(isa: Isa) -> &'static MicroKernels {
     }
 }
 
+/// Asks for `len` floats from `start` on to be brought into the second-level cache; a hint without effect on results.
+#[inline(always)]
+pub(crate) fn prefetch(start: *const f32, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..len).step_by(16) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch does not access memory as far as the program can tell, and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(at).cast::<i8>()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, len);
+}
+
 static PORTABLE: MicroKernels =
     MicroKernels { mr: 4, nr: 8, multiply: multiply_portable, transpose: transpose_portable };
 
@@ -165,6 +178,13 @@ mod x86 {
         let mask = (0xffffu32 >> (16 - tail)) as __mmask16;
         // SAFETY: reads and writes stay in the ranges promised by the caller; columns past `cols` are masked.
         unsafe {
+            // The tile is on its way from memory while the product is computed.
+            for row in 0..ROWS {
+                let c = tile.c.wrapping_add(*tile.c_rows.add(row));
+                for v in 0..VECTORS {
+                    _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(16 * v).cast::<i8>());
+                }
+            }
             // A packed panel has whole vectors, so that only B read in place needs the mask.
             let b_mask = if tile.b_stride == 32 { 0xffff } else { mask };
             if b_mask == 0xffff {
