@@ -238,7 +238,7 @@ fn conv_output(op: &Op, conv: &Conv, x: &[usize], weight: &[usize]) -> Result<Sh
         return Err(wrong(op, "a 4-D input, a 4-D weight and groups ≥ 1", format!("{x:?}, {weight:?}, {}", conv.groups)));
     }
     let [n, c, h, w] = conv.layout.axes().map(|a| x[a]);
-    if c != weight[1] * conv.groups || weight[0] % conv.groups != 0 {
+    if c != weight[1] * conv.groups || !weight[0].is_multiple_of(conv.groups) {
         return Err(wrong(
             op,
             format!("a weight [out, {c} / groups, kh, kw] with groups dividing out"),

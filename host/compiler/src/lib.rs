@@ -1,1 +1,13 @@
-//! clip-host-compiler
+//! From an assembled program to a plan: the ordered list of passes, fusion into kernels, schedule and memory.
+
+pub mod decompose;
+pub mod fuse;
+pub mod kernel;
+pub mod layout;
+pub mod lower;
+mod merge;
+pub mod memory;
+pub mod module;
+pub mod plan;
+pub mod simplify;
+pub mod view;

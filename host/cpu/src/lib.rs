@@ -1,1 +1,11 @@
-//! clip-host-cpu
+//! The CPU backend: runs a compiled plan. Fused kernels are interpreted tile by tile over vectorised loops; products,
+//! windows and tables have kernels of their own in `clip-host-cpu-kernels`.
+
+pub mod executor;
+mod fused;
+mod math;
+pub mod memory;
+mod tape;
+
+pub use clip_host_cpu_kernels::ThreadPool;
+pub use executor::{ExecuteError, Executor, Store};

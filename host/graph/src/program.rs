@@ -29,6 +29,8 @@ pub struct Program {
     pub outputs: Vec<(String, NodeIndex)>,
     /// `(leaf, value)`: at the end of the step the persistent leaf takes the value.
     pub updates: Vec<(NodeIndex, NodeIndex)>,
+    /// Random streams in use: a fragment's own numbers follow those of the fragments before it.
+    streams: u32,
 }
 
 impl Program {
@@ -73,6 +75,9 @@ impl Program {
                 id
             } else {
                 let mut node = node.clone();
+                if let Op::Random { stream } = &mut node.op {
+                    *stream += self.streams;
+                }
                 if let Op::Input { name } | Op::Param { name, .. } | Op::State { name, .. } = &node.op {
                     let full = leaf_name(&node.op, name);
                     if let Op::Input { name } | Op::Param { name, .. } | Op::State { name, .. } = &mut node.op {
@@ -100,6 +105,7 @@ impl Program {
             }
             nodes.push(id);
         }
+        self.streams += fragment.nodes.len() as u32;
         for &(state, value) in &fragment.updates {
             self.updates.push((nodes[state as usize], nodes[value as usize]));
         }

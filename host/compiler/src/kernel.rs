@@ -1,0 +1,150 @@
+//! The kernel IR: what backends execute. A fused kernel is a short program over one row-structured iteration space; the
+//! CPU runs it tile by tile, a GPU backend renders the same program.
+
+use clip_host_plugin_api::ir::{Binary, Compare, DType, NodeId, Op, Unary};
+
+/// Index of an instruction's result.
+pub type Reg = usize;
+
+/// Whether a value is one for the whole kernel, one for each row or one for each point of the space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Rank {
+    Scalar,
+    Row,
+    Full,
+}
+
+/// How an input is read; `i` is the row, `j` the column.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Pattern {
+    /// The space's own order: `offset + i·cols + j`, for row values `offset + i`, for scalars `offset`.
+    Same,
+    /// `offset + j`: one vector for all rows.
+    Column,
+    /// Strides over the kernel's `dims` (for row values: over the outer ones), outermost first.
+    Strided(Vec<usize>),
+}
+
+/// An operand in memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Input {
+    pub source: NodeId,
+    pub offset: usize,
+    pub rank: Rank,
+    pub dtype: DType,
+    pub pattern: Pattern,
+}
+
+/// One step of a fused kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Instr {
+    Load(usize),
+    Const(f32),
+    /// `Σ index[d] · factor[d]` over the kernel's `dims`.
+    Index(Vec<usize>),
+    /// The same value at every point (or row) of the result's rank.
+    Expand(Reg),
+    /// Uniform [0, 1) by flat element number.
+    Random(u32),
+    Unary(Unary, Reg),
+    Binary(Binary, Reg, Reg),
+    Compare(Compare, Reg, Reg),
+    Select(Reg, Reg, Reg),
+    /// Over the columns of a row; the result is a row value.
+    RowSum(Reg),
+    RowMax(Reg),
+}
+
+/// What happens to a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// Written in the space's order, or one for each row.
+    Each,
+    /// Summed over the rows of each segment (`segment` rows long): `[segments, cols]`.
+    SumRows { segment: usize },
+    MaxRows { segment: usize },
+    /// Summed over everything.
+    SumAll,
+    MaxAll,
+}
+
+/// A result in memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    pub target: NodeId,
+    pub value: Reg,
+    pub store: Store,
+}
+
+/// A fused kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fused {
+    pub rows: usize,
+    pub cols: usize,
+    /// The space's dimensions, outermost first; the last `inner` of them make up the columns.
+    pub dims: Vec<usize>,
+    pub inner: usize,
+    pub inputs: Vec<Input>,
+    pub code: Vec<(Instr, Rank)>,
+    pub outputs: Vec<Output>,
+    /// Nodes computed inside, for the printed plan.
+    pub nodes: Vec<NodeId>,
+}
+
+impl Fused {
+    /// Whether whole rows must be held at once.
+    pub fn has_row_reductions(&self) -> bool {
+        self.code.iter().any(|(instr, _)| matches!(instr, Instr::RowSum(_) | Instr::RowMax(_)))
+    }
+
+    /// Length of the row segments of its column reductions.
+    pub fn segment(&self) -> usize {
+        let of = |o: &Output| match o.store {
+            Store::SumRows { segment } | Store::MaxRows { segment } => Some(segment),
+            _ => None,
+        };
+        self.outputs.iter().find_map(of).unwrap_or(self.rows)
+    }
+}
+
+/// An operand of a kernel of its own: a strided view of a tensor in memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Operand {
+    pub source: NodeId,
+    pub offset: usize,
+    /// (size, stride) of each logical dimension.
+    pub dims: Vec<(usize, usize)>,
+}
+
+/// One launch.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Kernel {
+    Fused(Fused),
+    /// Any op with a kernel of its own; `inputs` are contiguous but for matmul's and copy's.
+    Own { op: Op, node: NodeId, inputs: Vec<Operand>, shape: Vec<usize> },
+    /// Writes a strided view in contiguous order.
+    Copy { node: NodeId, input: Operand },
+    /// Writes a leaf's new value at the end of the step.
+    Store { leaf: NodeId, value: Operand },
+}
+
+impl Kernel {
+    /// The nodes whose memory the kernel reads.
+    pub fn reads(&self) -> Vec<NodeId> {
+        match self {
+            Kernel::Fused(fused) => fused.inputs.iter().map(|i| i.source).collect(),
+            Kernel::Own { inputs, .. } => inputs.iter().map(|i| i.source).collect(),
+            Kernel::Copy { input, .. } => vec![input.source],
+            Kernel::Store { value, .. } => vec![value.source],
+        }
+    }
+
+    /// The nodes whose memory the kernel writes.
+    pub fn writes(&self) -> Vec<NodeId> {
+        match self {
+            Kernel::Fused(fused) => fused.outputs.iter().map(|o| o.target).collect(),
+            Kernel::Own { node, .. } | Kernel::Copy { node, .. } => vec![*node],
+            Kernel::Store { leaf, .. } => vec![*leaf],
+        }
+    }
+}

@@ -1,0 +1,480 @@
+//! Runs a plan on the CPU.
+
+use crate::fused::Program;
+use crate::memory::{Address, Buffer, Memory};
+use clip_host_compiler::kernel::{Kernel, Operand};
+use clip_host_compiler::plan::Plan;
+use clip_host_cpu_kernels as kernels;
+use clip_host_cpu_kernels::{ConvShape, Gemm, Pool2dShape, ThreadPool};
+use clip_host_plugin_api::ir::{Conv, DType, Layout, NodeId, Op, Pool};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+use thiserror::Error;
+
+/// Why a plan could not be prepared or run.
+#[derive(Debug, Error)]
+pub enum ExecuteError {
+    #[error("the CPU backend has no kernel for {op} in {layout} (hint: this is a defect of the compiler's passes)")]
+    Unsupported { op: &'static str, layout: String },
+    #[error("a fused kernel has {0} instructions, more than the backend takes")]
+    TooLong(usize),
+    #[error("{0}")]
+    Row(#[from] kernels::RowError),
+    #[error("there is no {what} `{name}`")]
+    Unknown { what: &'static str, name: String },
+    #[error("`{name}` has {expected} elements, {got} were given")]
+    Size { name: String, expected: usize, got: usize },
+}
+
+/// Persistent tensors, shared by all programs of a model.
+#[derive(Default)]
+pub struct Store {
+    names: HashMap<String, usize>,
+    buffers: Vec<Buffer>,
+}
+
+impl Store {
+    /// The index of a tensor, made (zero) if it is not there.
+    pub fn entry(&mut self, name: &str, len: usize) -> usize {
+        if let Some(&index) = self.names.get(name) {
+            return index;
+        }
+        self.buffers.push(Buffer::new(len));
+        self.names.insert(name.into(), self.buffers.len() - 1);
+        self.buffers.len() - 1
+    }
+
+    pub fn get(&self, name: &str) -> Option<&[f32]> {
+        self.names.get(name).map(|&i| self.buffers[i].as_slice())
+    }
+
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut [f32]> {
+        self.names.get(name).map(|&i| self.buffers[i].as_mut_slice())
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        self.buffers.iter().map(|b| b.len() * 4).sum()
+    }
+}
+
+enum Leaf {
+    /// The store's tensor.
+    Stored(usize),
+    Own(Buffer),
+}
+
+enum Launch {
+    Fused(Box<Program>),
+    Own { op: Op, output: Address, inputs: Vec<Address>, views: Vec<Operand>, shape: Vec<usize>, in_place: Vec<bool> },
+    Copy { output: Address, input: Address, view: Operand },
+}
+
+/// A plan made ready: kernels prepared, memory taken once.
+pub struct Executor {
+    plan: Arc<Plan>,
+    pool: Arc<ThreadPool>,
+    arena: Buffer,
+    leaves: Vec<Leaf>,
+    inputs: HashMap<String, usize>,
+    launches: Vec<Launch>,
+    blocks: Vec<usize>,
+    /// Launches whose time is the backward pass's or the update's: see [`Executor::set_phases`].
+    phase_ends: [usize; 2],
+    /// Seconds of the last run, by phase.
+    pub phases: [f64; 3],
+}
+
+impl Executor {
+    /// Prepares a plan; persistent leaves are found in, or added to, the store.
+    pub fn new(plan: Plan, pool: Arc<ThreadPool>, store: &mut Store) -> Result<Executor, ExecuteError> {
+        let plan = Arc::new(plan);
+        let mut leaves = Vec::new();
+        let mut inputs = HashMap::new();
+        for (index, &id) in plan.leaves.iter().enumerate() {
+            let node = &plan.nodes[id as usize];
+            let elements = node.elements();
+            leaves.push(match &node.op {
+                Op::Param { name, .. } | Op::State { name, .. } => Leaf::Stored(store.entry(name, elements)),
+                Op::Literal { values } => {
+                    let mut buffer = Buffer::new(elements);
+                    if node.dtype == DType::I32 {
+                        buffer.as_mut_i32().iter_mut().zip(values).for_each(|(b, &v)| *b = v as i32);
+                    } else {
+                        buffer.as_mut_slice().iter_mut().zip(values).for_each(|(b, &v)| *b = v as f32);
+                    }
+                    Leaf::Own(buffer)
+                }
+                Op::Input { name } => {
+                    inputs.insert(name.clone(), index);
+                    Leaf::Own(Buffer::new(elements))
+                }
+                other => return Err(ExecuteError::Unsupported { op: other.name(), layout: "a leaf's place".into() }),
+            });
+        }
+        let address = |id: NodeId| match plan.places.get(&id) {
+            Some(&place) => Address::of(&plan, place),
+            None => Address { block: 0, offset: 0 },
+        };
+        let mut launches = Vec::with_capacity(plan.kernels.len());
+        for kernel in &plan.kernels {
+            launches.push(match kernel {
+                Kernel::Fused(fused) => {
+                    let program =
+                        Program::new(fused, address).ok_or(ExecuteError::TooLong(fused.code.len()))?;
+                    Launch::Fused(Box::new(program))
+                }
+                Kernel::Own { op, node, inputs, shape } => {
+                    check_layout(op)?;
+                    let output = address(*node);
+                    let addresses: Vec<Address> = inputs.iter().map(|i| address(i.source).plus(i.offset)).collect();
+                    let mut offset = 0;
+                    let in_place = inputs
+                        .iter()
+                        .zip(&addresses)
+                        .map(|(input, &at)| {
+                            let here = at == output.plus(offset);
+                            offset += input.dims.iter().map(|d| d.0).product::<usize>();
+                            here
+                        })
+                        .collect();
+                    let (op, views, shape) = (op.clone(), inputs.clone(), shape.clone());
+                    Launch::Own { op, output, inputs: addresses, views, shape, in_place }
+                }
+                Kernel::Copy { node, input } => {
+                    let from = address(input.source).plus(input.offset);
+                    Launch::Copy { output: address(*node), input: from, view: input.clone() }
+                }
+                Kernel::Store { leaf, value } => {
+                    let from = address(value.source).plus(value.offset);
+                    Launch::Copy { output: address(*leaf), input: from, view: value.clone() }
+                }
+            });
+        }
+        let arena = Buffer::new(plan.arena);
+        let blocks = vec![0; plan.leaves.len() + 1];
+        let count = launches.len();
+        Ok(Executor {
+            plan,
+            pool,
+            arena,
+            leaves,
+            inputs,
+            launches,
+            blocks,
+            phase_ends: [count, count],
+            phases: [0.0; 3],
+        })
+    }
+
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Says after which launches the forward and the backward pass end.
+    pub fn set_phases(&mut self, ends: [usize; 2]) {
+        self.phase_ends = ends;
+    }
+
+    fn input(&mut self, name: &str) -> Option<&mut Buffer> {
+        match &mut self.leaves[*self.inputs.get(name)?] {
+            Leaf::Own(buffer) => Some(buffer),
+            Leaf::Stored(_) => None,
+        }
+    }
+
+    /// Whether the program reads an input of this name.
+    pub fn has_input(&self, name: &str) -> bool {
+        self.inputs.contains_key(name)
+    }
+
+    /// Fills an f32 input; one that the program does not read is passed over.
+    pub fn set_f32(&mut self, name: &str, values: &[f32]) -> Result<(), ExecuteError> {
+        let Some(buffer) = self.input(name) else { return Ok(()) };
+        check_size(name, buffer.len(), values.len())?;
+        buffer.as_mut_slice().copy_from_slice(values);
+        Ok(())
+    }
+
+    /// Fills an i32 input; one that the program does not read is passed over.
+    pub fn set_i32(&mut self, name: &str, values: &[i32]) -> Result<(), ExecuteError> {
+        let Some(buffer) = self.input(name) else { return Ok(()) };
+        check_size(name, buffer.len(), values.len())?;
+        buffer.as_mut_i32().copy_from_slice(values);
+        Ok(())
+    }
+
+    /// Runs the program once. `seed` drives its random numbers.
+    pub fn run(&mut self, store: &mut Store, seed: u64) -> Result<(), ExecuteError> {
+        self.blocks[0] = self.arena.as_ptr() as usize;
+        for (block, leaf) in self.blocks[1..].iter_mut().zip(&self.leaves) {
+            *block = match leaf {
+                Leaf::Own(buffer) => buffer.as_ptr() as usize,
+                Leaf::Stored(index) => store.buffers[*index].as_ptr() as usize,
+            };
+        }
+        let pointers: &[usize] = &self.blocks;
+        // SAFETY: an address and its number have the same size; each came from a live buffer above.
+        let memory = Memory { blocks: unsafe { std::slice::from_raw_parts(pointers.as_ptr().cast(), pointers.len()) } };
+        let mut start = Instant::now();
+        self.phases = [0.0; 3];
+        let mut phase = 0;
+        for (index, launch) in self.launches.iter_mut().enumerate() {
+            while phase < 2 && index == self.phase_ends[phase] {
+                self.phases[phase] = start.elapsed().as_secs_f64();
+                start = Instant::now();
+                phase += 1;
+            }
+            // SAFETY: the addresses come from the plan that the blocks were made for, and no two kernels run at once.
+            unsafe { run_launch(launch, &self.plan, &self.pool, memory, seed)? };
+        }
+        self.phases[phase] = start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// A result of the last run, contiguous.
+    pub fn output(&self, store: &Store, name: &str) -> Option<Vec<f32>> {
+        let (_, operand) = self.plan.outputs.iter().find(|(n, _)| n == name)?;
+        let place = *self.plan.places.get(&operand.source)?;
+        let address = Address::of(&self.plan, place).plus(operand.offset);
+        let block = match address.block {
+            0 => self.arena.as_slice(),
+            leaf => match &self.leaves[leaf - 1] {
+                Leaf::Own(buffer) => buffer.as_slice(),
+                Leaf::Stored(index) => store.buffers[*index].as_slice(),
+            },
+        };
+        let elements = operand.dims.iter().map(|d| d.0).product::<usize>();
+        Some(block.get(address.offset..address.offset + elements)?.to_vec())
+    }
+}
+
+fn check_size(name: &str, expected: usize, got: usize) -> Result<(), ExecuteError> {
+    match expected == got {
+        true => Ok(()),
+        false => Err(ExecuteError::Size { name: name.into(), expected, got }),
+    }
+}
+
+fn check_layout(op: &Op) -> Result<(), ExecuteError> {
+    let layout = match op {
+        Op::Conv2d(c) | Op::Conv2dInputGrad(c) | Op::Conv2dWeightGrad(c) => c.layout,
+        Op::MaxPool2d(p) | Op::MaxPool2dGrad(p) | Op::AvgPool2d(p) | Op::AvgPool2dGrad(p) => p.layout,
+        _ => return Ok(()),
+    };
+    match layout {
+        Layout::Nhwc => Ok(()),
+        Layout::Nchw => Err(ExecuteError::Unsupported { op: op.name(), layout: "NCHW".into() }),
+    }
+}
+
+fn sizes(view: &Operand) -> Vec<usize> {
+    view.dims.iter().map(|d| d.0).collect()
+}
+
+fn elements(view: &Operand) -> usize {
+    view.dims.iter().map(|d| d.0).product()
+}
+
+/// How far into its memory a view reaches.
+fn extent(view: &Operand) -> usize {
+    match elements(view) {
+        0 => 0,
+        _ => view.dims.iter().map(|(size, stride)| (size - 1) * stride).sum::<usize>() + 1,
+    }
+}
+
+fn conv_shape(conv: &Conv, x: &[usize], weight: &[usize], y: &[usize]) -> ConvShape {
+    ConvShape {
+        batch: x[0],
+        in_h: x[1],
+        in_w: x[2],
+        in_c: x[3],
+        out_h: y[1],
+        out_w: y[2],
+        out_c: y[3],
+        kernel: (weight[2], weight[3]),
+        stride: (conv.stride[0], conv.stride[1]),
+        padding: (conv.padding[0], conv.padding[1]),
+        dilation: (conv.dilation[0], conv.dilation[1]),
+        groups: conv.groups,
+    }
+}
+
+fn pool_shape(pool: &Pool, x: &[usize], y: &[usize]) -> Pool2dShape {
+    Pool2dShape {
+        batch: x[0],
+        in_h: x[1],
+        in_w: x[2],
+        out_h: y[1],
+        out_w: y[2],
+        channels: x[3],
+        kernel: (pool.kernel[0], pool.kernel[1]),
+        stride: (pool.stride[0], pool.stride[1]),
+        padding: (pool.padding[0], pool.padding[1]),
+    }
+}
+
+/// Runs one launch.
+///
+/// # Safety
+/// `memory` must hold the blocks of the plan that the launch was prepared from, used by nobody else meanwhile.
+unsafe fn run_launch(
+    launch: &mut Launch,
+    plan: &Plan,
+    pool: &ThreadPool,
+    memory: Memory,
+    seed: u64,
+) -> Result<(), ExecuteError> {
+    // SAFETY: the caller's promise; a kernel's output never overlaps its inputs, except where they are the same.
+    unsafe {
+        match launch {
+            Launch::Fused(program) => program.run(pool, memory, seed),
+            Launch::Copy { output, input, view } => {
+                let strides: Vec<usize> = view.dims.iter().map(|d| d.1).collect();
+                let from = memory.slice(*input, extent(view));
+                kernels::copy_strided(pool, &sizes(view), &strides, from, memory.slice_mut(*output, elements(view)));
+            }
+            Launch::Own { op, output, inputs, views, shape, in_place } => {
+                let out_len: usize = shape.iter().product();
+                let integers = plan.nodes[views[0].source as usize].dtype == DType::I32;
+                let input = |i: usize| memory.slice(inputs[i], extent(&views[i]));
+                let ids = |i: usize| {
+                    let s = memory.slice(inputs[i], extent(&views[i]));
+                    std::slice::from_raw_parts(s.as_ptr().cast::<i32>(), s.len())
+                };
+                let out = memory.slice_mut(*output, out_len);
+                match op {
+                    Op::Matmul => matmul(pool, &views[0], &views[1], input(0), input(1), out),
+                    Op::Conv2d(conv) => {
+                        let s = conv_shape(conv, &sizes(&views[0]), &sizes(&views[1]), shape);
+                        kernels::conv2d_forward(pool, &s, input(0), input(1), None, out, false);
+                    }
+                    Op::Conv2dInputGrad(conv) => {
+                        let s = conv_shape(conv, shape, &sizes(&views[1]), &sizes(&views[0]));
+                        kernels::conv2d_input_grad(pool, &s, input(0), input(1), out, false);
+                    }
+                    Op::Conv2dWeightGrad(conv) => {
+                        let s = conv_shape(conv, &sizes(&views[0]), shape, &sizes(&views[1]));
+                        kernels::conv2d_weight_grad(pool, &s, input(0), input(1), out, false);
+                    }
+                    Op::MaxPool2d(p) => {
+                        kernels::max_pool2d_forward(pool, &pool_shape(p, &sizes(&views[0]), shape), input(0), out);
+                    }
+                    Op::MaxPool2dGrad(p) => {
+                        let s = pool_shape(p, shape, &sizes(&views[1]));
+                        kernels::max_pool2d_backward(pool, &s, input(0), input(1), out);
+                    }
+                    Op::AvgPool2d(p) => {
+                        let s = pool_shape(p, &sizes(&views[0]), shape);
+                        kernels::avg_pool2d_forward(pool, &s, input(0), out, p.count_include_pad);
+                    }
+                    Op::AvgPool2dGrad(p) => {
+                        let s = pool_shape(p, shape, &sizes(&views[0]));
+                        kernels::avg_pool2d_backward(pool, &s, input(0), out, p.count_include_pad);
+                    }
+                    Op::Gather => {
+                        let width = sizes(&views[0])[1..].iter().product();
+                        kernels::gather_rows(pool, input(0), width, ids(1), out)?;
+                    }
+                    Op::ScatterAdd => {
+                        out.fill(0.0);
+                        let width = shape[1..].iter().product();
+                        kernels::scatter_add_rows(pool, input(1), width, ids(0), out)?;
+                    }
+                    Op::Scatter => {
+                        if inputs[0] != *output {
+                            out.copy_from_slice(input(0));
+                        }
+                        let width = shape[1..].iter().product();
+                        kernels::scatter_rows(pool, input(2), width, ids(1), out)?;
+                    }
+                    Op::Pad { before, value, .. } => {
+                        out.fill(*value as f32);
+                        place_block(input(0), &sizes(&views[0]), shape, before, out);
+                    }
+                    Op::Concat { axis } => {
+                        let mut before = vec![0; shape.len()];
+                        for (i, view) in views.iter().enumerate() {
+                            // Parts that were computed in place are there already.
+                            if !(in_place[i] && shape[..*axis].iter().all(|&d| d == 1)) {
+                                place_block(input(i), &sizes(view), shape, &before, out);
+                            }
+                            before[*axis] += view.dims[*axis].0;
+                        }
+                    }
+                    other => {
+                        let layout = if integers { "i32" } else { "f32" };
+                        return Err(ExecuteError::Unsupported { op: other.name(), layout: layout.into() });
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Copies a block into a larger tensor at an offset, row by row.
+fn place_block(from: &[f32], sizes: &[usize], into: &[usize], at: &[usize], out: &mut [f32]) {
+    let Some(&row) = sizes.last() else {
+        if let (Some(out), Some(from)) = (out.first_mut(), from.first()) {
+            *out = *from;
+        }
+        return;
+    };
+    let outer = sizes.len() - 1;
+    let mut strides = vec![1; into.len()];
+    for d in (1..into.len()).rev() {
+        strides[d - 1] = strides[d] * into[d];
+    }
+    for (index, chunk) in from.chunks_exact(row.max(1)).enumerate() {
+        let (mut left, mut offset) = (index, at[outer]);
+        for d in (0..outer).rev() {
+            offset += (left % sizes[d] + at[d]) * strides[d];
+            left /= sizes[d];
+        }
+        out[offset..offset + row].copy_from_slice(chunk);
+    }
+}
+
+/// A batched product over strided operands.
+fn matmul(pool: &ThreadPool, a: &Operand, b: &Operand, left: &[f32], right: &[f32], out: &mut [f32]) {
+    let rank = a.dims.len();
+    let (m, k, n) = (a.dims[rank - 2].0, a.dims[rank - 1].0, b.dims[rank - 1].0);
+    let mut batch = [0usize; 8];
+    let (mut a_batch, mut b_batch, mut c_batch) = ([0usize; 8], [0usize; 8], [0usize; 8]);
+    // Ones take no part; the kernel knows three batch dimensions.
+    let mut used = 0;
+    let mut c_stride = m * n;
+    let mut c_strides = [0usize; 8];
+    for d in (0..rank - 2).rev() {
+        c_strides[d] = c_stride;
+        c_stride *= a.dims[d].0;
+    }
+    for d in 0..rank - 2 {
+        if a.dims[d].0 != 1 {
+            batch[used] = a.dims[d].0;
+            a_batch[used] = a.dims[d].1;
+            b_batch[used] = b.dims[d].1;
+            c_batch[used] = c_strides[d];
+            used += 1;
+        }
+    }
+    let g = Gemm {
+        m,
+        n,
+        k,
+        batch: &batch[..used],
+        a_strides: (a.dims[rank - 2].1, a.dims[rank - 1].1),
+        a_batch: &a_batch[..used],
+        b_strides: (b.dims[rank - 2].1, b.dims[rank - 1].1),
+        b_batch: &b_batch[..used],
+        c_row_stride: n,
+        c_batch: &c_batch[..used],
+        accumulate: false,
+        bias: None,
+        alpha: 1.0,
+    };
+    kernels::gemm(pool, &g, left, right, out);
+}

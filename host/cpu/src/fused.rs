@@ -1,0 +1,688 @@
+//! Fused kernels on the CPU: the instruction list is run tile by tile, so that intermediate values stay in the first
+//! cache. What a task computes, and the order of every sum, depends on shapes only, never on the number of threads.
+
+use crate::memory::{Address, Memory};
+use crate::tape::{self, Arg};
+use clip_host_compiler::kernel::{Fused, Instr, Pattern, Rank, Store};
+use clip_host_compiler::lower::operands;
+use clip_host_cpu_kernels::{Isa, ThreadPool};
+use clip_host_plugin_api::ir::{DType, NodeId};
+
+/// Elements of a tile; fewer when many values live at once.
+const TILE: usize = 1024;
+/// Elements of a task.
+const TASK: usize = 32_768;
+/// The most partial sums of one reduction.
+const PARTIALS: usize = 64;
+/// The most instructions of a kernel (the fuser's limits keep below it).
+const MAX_CODE: usize = 384;
+
+/// How an operand moves from row to row.
+enum Rows {
+    Linear(usize),
+    Strided { dims: Vec<usize>, strides: Vec<usize> },
+}
+
+/// How an operand moves along a row.
+enum Cols {
+    Unit,
+    Stride(usize),
+    Table(Vec<u32>),
+}
+
+enum Source {
+    /// Read in place.
+    Direct,
+    /// Written into the slot for each tile.
+    Gathered,
+    /// One vector for all rows, repeated over a tile's rows once per task.
+    Repeated,
+}
+
+struct Load {
+    address: Address,
+    integer: bool,
+    rows: Rows,
+    cols: Cols,
+    source: Source,
+}
+
+/// Where a value is kept while a tile runs.
+#[derive(Clone, Copy, PartialEq)]
+enum Slot {
+    None,
+    /// Offset in the worker's scratch.
+    Scratch(usize),
+    /// The output's own memory.
+    Output(usize),
+}
+
+struct Step {
+    instr: Instr,
+    rank: Rank,
+    slot: Slot,
+}
+
+struct Out {
+    address: Address,
+    value: usize,
+    store: Store,
+    /// Written by its instruction already.
+    direct: bool,
+    /// Offset in the partial sums, and their number for each segment.
+    partial: usize,
+}
+
+/// A kernel made ready to run.
+pub struct Program {
+    rows: usize,
+    cols: usize,
+    tile_rows: usize,
+    tile_cols: usize,
+    chunk_rows: usize,
+    chunks_per_segment: usize,
+    tasks: usize,
+    /// Tasks divide the columns of the one row; `chunk_rows` then counts columns.
+    by_columns: bool,
+    steps: Vec<Step>,
+    loads: Vec<Load>,
+    outs: Vec<Out>,
+    scratch: usize,
+    partials: Vec<f32>,
+    /// Index factors by dimension, for iota.
+    dims: Vec<usize>,
+    inner: usize,
+}
+
+impl Program {
+    /// Prepares a kernel; `place` finds a value's memory. `None` if it has more instructions than fit.
+    pub fn new(kernel: &Fused, place: impl Fn(NodeId) -> Address) -> Option<Program> {
+        if kernel.code.len() > MAX_CODE {
+            return None;
+        }
+        let (rows, cols) = (kernel.rows, kernel.cols);
+        let whole_rows = kernel.has_row_reductions();
+        let full_values = kernel.code.iter().filter(|(_, r)| *r == Rank::Full).count();
+        let tile = if full_values > 12 { TILE / 2 } else { TILE };
+        let tile_cols = if whole_rows || cols <= tile { cols } else { tile };
+        let tile_rows = if tile_cols < cols { 1 } else { (tile / cols.max(1)).clamp(1, rows.max(1)) };
+
+        let reduces = kernel.outputs.iter().any(|o| o.store != Store::Each);
+        let segment = kernel.segment().max(1);
+        let segments = rows / segment;
+        let by_columns = rows == 1 && !whole_rows;
+        let (chunk_rows, chunks_per_segment, tasks) = if by_columns {
+            let chunk = if reduces { TASK.max(cols.div_ceil(PARTIALS)) } else { TASK }.next_multiple_of(16);
+            (chunk, cols.div_ceil(chunk), cols.div_ceil(chunk))
+        } else {
+            let by_size = (segment * cols).div_ceil(TASK);
+            let chunks = if reduces { by_size.clamp(1, PARTIALS) } else { by_size.max(1) }.min(segment);
+            let chunk_rows = segment.div_ceil(chunks);
+            let chunks = segment.div_ceil(chunk_rows);
+            (chunk_rows, chunks, chunks * segments)
+        };
+
+        let mut program = Program {
+            rows,
+            cols,
+            tile_rows,
+            tile_cols,
+            chunk_rows,
+            chunks_per_segment,
+            tasks,
+            by_columns,
+            steps: vec![],
+            loads: vec![],
+            outs: vec![],
+            scratch: 0,
+            partials: vec![],
+            dims: kernel.dims.clone(),
+            inner: kernel.inner,
+        };
+        program.prepare_loads(kernel, &place);
+        program.prepare_outputs(kernel, &place);
+        program.assign_slots(kernel, &place);
+        Some(program)
+    }
+
+    fn prepare_loads(&mut self, kernel: &Fused, place: &impl Fn(NodeId) -> Address) {
+        let outer = kernel.dims.len() - kernel.inner;
+        for input in &kernel.inputs {
+            let integer = input.dtype == DType::I32;
+            let address = place(input.source).plus(input.offset);
+            let (rows, cols) = match (&input.pattern, input.rank) {
+                (_, Rank::Scalar) => (Rows::Linear(0), Cols::Stride(0)),
+                (Pattern::Same, Rank::Row) => (Rows::Linear(1), Cols::Stride(0)),
+                (Pattern::Same, Rank::Full) => (Rows::Linear(kernel.cols), Cols::Unit),
+                (Pattern::Column, _) => (Rows::Linear(0), Cols::Unit),
+                (Pattern::Strided(strides), rank) => {
+                    let split = strides.len().min(outer);
+                    let (row_strides, col_strides) = strides.split_at(split);
+                    let row_dims = &kernel.dims[..split];
+                    let rows = Rows::Strided { dims: row_dims.to_vec(), strides: row_strides.to_vec() };
+                    let cols = match (rank, col_strides) {
+                        (Rank::Row, _) | (_, []) => Cols::Stride(0),
+                        (_, [1]) => Cols::Unit,
+                        (_, [stride]) => Cols::Stride(*stride),
+                        _ => Cols::Table(table(&kernel.dims[outer..], col_strides)),
+                    };
+                    (rows, cols)
+                }
+            };
+            let source = match (input.rank, &input.pattern) {
+                _ if integer => Source::Gathered,
+                (Rank::Full | Rank::Row, Pattern::Same) => Source::Direct,
+                (Rank::Full, Pattern::Column) if self.tile_rows == 1 => Source::Direct,
+                (Rank::Full, Pattern::Column) => Source::Repeated,
+                _ => Source::Gathered,
+            };
+            self.loads.push(Load { address, integer, rows, cols, source });
+        }
+    }
+
+    fn prepare_outputs(&mut self, kernel: &Fused, place: &impl Fn(NodeId) -> Address) {
+        let mut partial = 0;
+        let segments = self.rows / kernel.segment().max(1);
+        for output in &kernel.outputs {
+            self.outs.push(Out {
+                address: place(output.target),
+                value: output.value,
+                store: output.store,
+                direct: false,
+                partial,
+            });
+            partial += match output.store {
+                Store::Each => 0,
+                Store::SumRows { .. } | Store::MaxRows { .. } => segments * self.chunks_per_segment * self.cols,
+                Store::SumAll | Store::MaxAll => self.tasks,
+            };
+        }
+        self.partials = vec![0.0; partial];
+    }
+
+    /// Gives every value its place; slots are used again once their values are dead.
+    fn assign_slots(&mut self, kernel: &Fused, place: &impl Fn(NodeId) -> Address) {
+        let code = &kernel.code;
+        let mut last_use: Vec<usize> = (0..code.len()).collect();
+        for (at, (instr, _)) in code.iter().enumerate() {
+            operands(instr).into_iter().for_each(|r| last_use[r] = at);
+        }
+        // Values that are stored or summed at the end of the tile live until then.
+        for output in &kernel.outputs {
+            last_use[output.value] = code.len();
+        }
+        let full_len = (self.tile_rows * self.tile_cols).next_multiple_of(16);
+        let row_len = self.tile_rows.next_multiple_of(16);
+        let read: Vec<Address> = kernel.inputs.iter().map(|i| place(i.source)).collect();
+        let mut free: [Vec<usize>; 2] = [vec![], vec![]];
+        let mut taken: Vec<(usize, usize, usize)> = vec![]; // (last use, kind, offset)
+        for (at, (instr, rank)) in code.iter().enumerate() {
+            taken.retain(|&(last, kind, offset)| {
+                let alive = last >= at;
+                if !alive {
+                    free[kind].push(offset);
+                }
+                alive
+            });
+            let direct_output = self.outs.iter().position(|o| {
+                o.value == at && o.store == Store::Each && !read.iter().any(|r| r.block == o.address.block && o.address.block > 0)
+            });
+            let once = match instr {
+                Instr::Load(i) => matches!(self.loads[*i].source, Source::Repeated),
+                _ => false,
+            };
+            let in_memory = match instr {
+                Instr::Load(i) => matches!(self.loads[*i].source, Source::Direct),
+                Instr::Const(_) => true,
+                _ => false,
+            };
+            let is_load = matches!(instr, Instr::Load(_));
+            let slot = match (rank, direct_output) {
+                (Rank::Scalar, _) => Slot::None,
+                _ if in_memory => Slot::None,
+                (_, Some(output)) if !is_load && (*rank == Rank::Full || self.tile_cols == self.cols) => {
+                    self.outs[output].direct = true;
+                    Slot::Output(output)
+                }
+                _ => {
+                    let (kind, len) = if *rank == Rank::Full { (0, full_len) } else { (1, row_len) };
+                    let offset = match free[kind].pop() {
+                        Some(offset) if !once => offset,
+                        back => {
+                            free[kind].extend(back);
+                            self.scratch += len;
+                            self.scratch - len
+                        }
+                    };
+                    // A repeated vector is made once per task and keeps its slot.
+                    let last = if once { usize::MAX } else { last_use[at] };
+                    taken.push((last, kind, offset));
+                    Slot::Scratch(offset)
+                }
+            };
+            self.steps.push(Step { instr: instr.clone(), rank: *rank, slot });
+        }
+    }
+
+    /// Runs the kernel.
+    ///
+    /// # Safety
+    /// `memory` must be that of the plan that the addresses come from.
+    pub unsafe fn run(&mut self, pool: &ThreadPool, memory: Memory, seed: u64) {
+        let partials = clip_host_cpu_kernels::SharedMut::new(&mut self.partials);
+        let partials = Partials(partials.as_ptr());
+        let this = &*self;
+        let isa = pool.isa();
+        pool.run(this.tasks, &|task, worker| {
+            let mut scratch = pool.scratch(worker, this.scratch.max(16));
+            let scratch = scratch.as_mut_ptr();
+            // SAFETY: tasks write disjoint rows (or columns) and their own partial sums; the instruction set was
+            // detected.
+            unsafe {
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx512 => task_avx512(this, task, memory, scratch, partials.get(), seed),
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => task_avx2(this, task, memory, scratch, partials.get(), seed),
+                    _ => this.task(task, memory, scratch, partials.get(), seed),
+                }
+            }
+        });
+        // SAFETY: all tasks are done.
+        unsafe { self.combine(memory) };
+    }
+
+    /// Adds up the partial sums in the order of the chunks.
+    unsafe fn combine(&self, memory: Memory) {
+        for out in &self.outs {
+            let partials = &self.partials[out.partial..];
+            match out.store {
+                Store::Each => {}
+                Store::SumAll => {
+                    let total: f64 = partials[..self.tasks].iter().map(|&v| f64::from(v)).sum();
+                    // SAFETY: the output is one element of the plan's.
+                    unsafe { *memory.at(out.address) = total as f32 };
+                }
+                Store::MaxAll => {
+                    let top = partials[..self.tasks].iter().fold(f32::NEG_INFINITY, |m, &v| if v > m || v.is_nan() { v } else { m });
+                    // SAFETY: as above.
+                    unsafe { *memory.at(out.address) = top };
+                }
+                Store::SumRows { segment } | Store::MaxRows { segment } => {
+                    let is_max = matches!(out.store, Store::MaxRows { .. });
+                    let n = self.cols;
+                    for s in 0..self.rows / segment.max(1) {
+                        // SAFETY: the output has a row of `cols` for each segment; so have the partial sums.
+                        unsafe {
+                            let into = memory.at(out.address).add(s * n);
+                            let from = partials.as_ptr().add(s * self.chunks_per_segment * n);
+                            std::ptr::copy_nonoverlapping(from, into, n);
+                            for chunk in 1..self.chunks_per_segment {
+                                tape::accumulate(is_max, Arg::Vector(from.add(chunk * n)), into, n);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// One task: a range of rows, or of columns if there is one row.
+    #[inline(always)]
+    unsafe fn task(&self, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
+        let mut regs = [Arg::Value(0.0); MAX_CODE];
+        // SAFETY: see the callees; all offsets come from the plan.
+        unsafe {
+            let (row0, row1, col0, col1) = self.range(task);
+            self.begin(task, memory, scratch, partials, &mut regs);
+            let mut row = row0;
+            while row < row1 {
+                let rows = self.tile_rows.min(row1 - row);
+                let mut col = col0;
+                while col < col1 {
+                    let cols = self.tile_cols.min(col1 - col);
+                    let tile = Tile { row, rows, col, cols };
+                    self.tile(task, tile, memory, scratch, partials, seed, &mut regs);
+                    col += cols;
+                }
+                row += rows;
+            }
+        }
+    }
+
+    fn range(&self, task: usize) -> (usize, usize, usize, usize) {
+        if self.by_columns {
+            let start = task * self.chunk_rows;
+            return (0, 1, start, (start + self.chunk_rows).min(self.cols));
+        }
+        let segment = self.segment_rows();
+        let (s, c) = (task / self.chunks_per_segment, task % self.chunks_per_segment);
+        let start = s * segment + c * self.chunk_rows;
+        (start, (start + self.chunk_rows).min((s + 1) * segment), 0, self.cols)
+    }
+
+    fn segment_rows(&self) -> usize {
+        self.rows / (self.tasks / self.chunks_per_segment).max(1)
+    }
+
+    /// What is the same for all tiles of a task: scalars, repeated vectors, empty sums.
+    #[inline(always)]
+    unsafe fn begin(&self, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, regs: &mut [Arg; MAX_CODE]) {
+        // SAFETY: addresses and slots come from the plan; the partial sums of a task are its own.
+        unsafe {
+            for (at, step) in self.steps.iter().enumerate() {
+                if let Instr::Const(value) = step.instr {
+                    regs[at] = Arg::Value(value);
+                } else if let (Instr::Load(load), Slot::Scratch(offset)) = (&step.instr, step.slot)
+                    && let Source::Repeated = self.loads[*load].source
+                {
+                    let from = memory.at(self.loads[*load].address);
+                    let slot = scratch.add(offset);
+                    for row in 0..self.tile_rows {
+                        std::ptr::copy_nonoverlapping(from, slot.add(row * self.cols), self.cols);
+                    }
+                    regs[at] = Arg::Vector(slot);
+                } else if step.rank == Rank::Scalar {
+                    let mut value = 0.0f32;
+                    let out = &raw mut value;
+                    match &step.instr {
+                        Instr::Load(load) => {
+                            let from = memory.at(self.loads[*load].address);
+                            value = if self.loads[*load].integer { *from.cast::<i32>() as f32 } else { *from };
+                        }
+                        Instr::Unary(op, a) => tape::unary(*op, regs[*a], out, 1),
+                        Instr::Binary(op, a, b) => tape::binary(*op, regs[*a], regs[*b], out, 1),
+                        Instr::Compare(op, a, b) => tape::compare(*op, regs[*a], regs[*b], out, 1),
+                        Instr::Select(c, a, b) => tape::select(regs[*c], regs[*a], regs[*b], out, 1),
+                        _ => {}
+                    }
+                    regs[at] = Arg::Value(value);
+                }
+            }
+            for out in &self.outs {
+                let (start, len) = match out.store {
+                    Store::Each => continue,
+                    Store::SumAll | Store::SumRows { .. } => (0.0, self.partial_len(out.store)),
+                    Store::MaxAll | Store::MaxRows { .. } => (f32::NEG_INFINITY, self.partial_len(out.store)),
+                };
+                let sums = partials.add(out.partial + task * len);
+                (0..len).for_each(|i| *sums.add(i) = start);
+            }
+        }
+    }
+
+    fn partial_len(&self, store: Store) -> usize {
+        match store {
+            Store::SumRows { .. } | Store::MaxRows { .. } => self.cols,
+            _ => 1,
+        }
+    }
+
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn tile(
+        &self,
+        task: usize,
+        tile: Tile,
+        memory: Memory,
+        scratch: *mut f32,
+        partials: *mut f32,
+        seed: u64,
+        regs: &mut [Arg; MAX_CODE],
+    ) {
+        let Tile { row, rows, col, cols } = tile;
+        let flat = row * self.cols + col;
+        // SAFETY: addresses and slots come from the plan, lengths from the tile.
+        unsafe {
+            for (at, step) in self.steps.iter().enumerate() {
+                if step.rank == Rank::Scalar {
+                    continue;
+                }
+                let n = if step.rank == Rank::Full { rows * cols } else { rows };
+                let out = match step.slot {
+                    Slot::Scratch(offset) => scratch.add(offset),
+                    Slot::Output(output) => {
+                        let start = if step.rank == Rank::Full { flat } else { row };
+                        memory.at(self.outs[output].address).add(start)
+                    }
+                    Slot::None => std::ptr::null_mut(),
+                };
+                match &step.instr {
+                    Instr::Load(load) => {
+                        let load = &self.loads[*load];
+                        match load.source {
+                            Source::Repeated => continue,
+                            Source::Direct => {
+                                let start = match (&load.rows, step.rank) {
+                                    (Rows::Linear(0), _) => col,
+                                    (_, Rank::Full) => flat,
+                                    _ => row,
+                                };
+                                regs[at] = Arg::Vector(memory.at(load.address).add(start));
+                                continue;
+                            }
+                            Source::Gathered => self.gather(load, step.rank, tile, memory, out),
+                        }
+                    }
+                    Instr::Index(factors) => self.index(factors, step.rank, tile, out),
+                    Instr::Random(stream) => tape::uniform(seed, *stream, if step.rank == Rank::Full { flat } else { row } as u64, out, n),
+                    Instr::RowSum(a) | Instr::RowMax(a) => {
+                        let is_max = matches!(step.instr, Instr::RowMax(_));
+                        if let Arg::Vector(a) = regs[*a] {
+                            for r in 0..rows {
+                                let from = a.add(r * cols);
+                                *out.add(r) = if is_max { tape::max(from, cols) } else { tape::sum(from, cols) };
+                            }
+                        }
+                    }
+                    Instr::Expand(a) => self.rowwise(&[*a], step.rank, tile, regs, |args, at, n| {
+                        tape::unary_identity(args[0], out.add(at), n);
+                    }),
+                    Instr::Unary(op, a) => self.rowwise(&[*a], step.rank, tile, regs, |args, at, n| {
+                        tape::unary(*op, args[0], out.add(at), n);
+                    }),
+                    Instr::Binary(op, a, b) => self.rowwise(&[*a, *b], step.rank, tile, regs, |args, at, n| {
+                        tape::binary(*op, args[0], args[1], out.add(at), n);
+                    }),
+                    Instr::Compare(op, a, b) => self.rowwise(&[*a, *b], step.rank, tile, regs, |args, at, n| {
+                        tape::compare(*op, args[0], args[1], out.add(at), n);
+                    }),
+                    Instr::Select(c, a, b) => self.rowwise(&[*c, *a, *b], step.rank, tile, regs, |args, at, n| {
+                        tape::select(args[0], args[1], args[2], out.add(at), n);
+                    }),
+                    Instr::Const(_) => continue,
+                }
+                regs[at] = Arg::Vector(out);
+            }
+            self.store(task, tile, memory, partials, regs);
+        }
+    }
+
+    /// Calls `f` over the tile's elements: at once, or row by row where row values meet full ones.
+    #[inline(always)]
+    unsafe fn rowwise<const N: usize>(
+        &self,
+        sources: &[usize; N],
+        rank: Rank,
+        tile: Tile,
+        regs: &[Arg; MAX_CODE],
+        f: impl Fn([Arg; N], usize, usize),
+    ) {
+        let ranks = sources.map(|s| self.steps[s].rank);
+        if rank == Rank::Full && ranks.contains(&Rank::Row) {
+            for r in 0..tile.rows {
+                let mut args = [Arg::Value(0.0); N];
+                for i in 0..N {
+                    // SAFETY: a row value has an element for each of the tile's rows, a full one `cols`.
+                    args[i] = unsafe {
+                        match (ranks[i], regs[sources[i]]) {
+                            (Rank::Row, Arg::Vector(values)) => Arg::Value(*values.add(r)),
+                            (Rank::Full, vector) => vector.at(r * tile.cols),
+                            (_, value) => value,
+                        }
+                    };
+                }
+                f(args, r * tile.cols, tile.cols);
+            }
+        } else {
+            let n = if rank == Rank::Full { tile.rows * tile.cols } else { tile.rows };
+            f(sources.map(|s| regs[s]), 0, n);
+        }
+    }
+
+    /// Writes a strided operand's elements into the tile's order.
+    #[inline(always)]
+    unsafe fn gather(&self, load: &Load, rank: Rank, tile: Tile, memory: Memory, out: *mut f32) {
+        // SAFETY: the plan's strides stay inside the operand.
+        unsafe {
+            let base = memory.at(load.address);
+            let read = |offset: usize| {
+                let from = base.add(offset);
+                if load.integer { *from.cast::<i32>() as f32 } else { *from }
+            };
+            for r in 0..tile.rows {
+                let start = row_offset(&load.rows, tile.row + r);
+                if rank == Rank::Row {
+                    *out.add(r) = read(start);
+                    continue;
+                }
+                let to = out.add(r * tile.cols);
+                match &load.cols {
+                    Cols::Unit if !load.integer => {
+                        std::ptr::copy_nonoverlapping(base.add(start + tile.col), to, tile.cols);
+                    }
+                    Cols::Unit => (0..tile.cols).for_each(|c| *to.add(c) = read(start + tile.col + c)),
+                    Cols::Stride(s) => (0..tile.cols).for_each(|c| *to.add(c) = read(start + (tile.col + c) * s)),
+                    Cols::Table(t) => (0..tile.cols).for_each(|c| *to.add(c) = read(start + t[tile.col + c] as usize)),
+                }
+            }
+        }
+    }
+
+    /// The value of an iota at the tile's elements.
+    #[inline(always)]
+    unsafe fn index(&self, factors: &[usize], rank: Rank, tile: Tile, out: *mut f32) {
+        let outer = self.dims.len() - self.inner;
+        let at = |mut flat: usize, dims: &[usize], factors: &[usize]| {
+            let mut value = 0;
+            for (size, factor) in dims.iter().zip(factors).rev() {
+                value += flat % size * factor;
+                flat /= size;
+            }
+            value
+        };
+        for r in 0..tile.rows {
+            let start = at(tile.row + r, &self.dims[..outer], &factors[..outer]);
+            if rank == Rank::Row {
+                // SAFETY: a row value has an element for each of the tile's rows.
+                unsafe { *out.add(r) = start as f32 };
+                continue;
+            }
+            for c in 0..tile.cols {
+                let value = start + at(tile.col + c, &self.dims[outer..], &factors[outer..]);
+                // SAFETY: the slot holds the tile.
+                unsafe { *out.add(r * tile.cols + c) = value as f32 };
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(&self, task: usize, tile: Tile, memory: Memory, partials: *mut f32, regs: &[Arg; MAX_CODE]) {
+        let Tile { row, rows, col, cols } = tile;
+        // SAFETY: as in `tile`.
+        unsafe {
+            for out in &self.outs {
+                let value = regs[out.value];
+                let rank = self.steps[out.value].rank;
+                // A row's own value counts once, in the row's first tile.
+                let n = match rank {
+                    Rank::Full => rows * cols,
+                    _ if col == 0 => rows,
+                    _ => continue,
+                };
+                match out.store {
+                    Store::Each if out.direct => {}
+                    Store::Each => {
+                        let start = if rank == Rank::Full { row * self.cols + col } else { row };
+                        tape::unary_identity(value, memory.at(out.address).add(start), n);
+                    }
+                    Store::SumAll | Store::MaxAll => {
+                        let total = partials.add(out.partial + task);
+                        if let Arg::Vector(v) = value {
+                            let is_max = out.store == Store::MaxAll;
+                            let part = if is_max { tape::max(v, n) } else { tape::sum(v, n) };
+                            tape::accumulate(is_max, Arg::Value(part), total, 1);
+                        }
+                    }
+                    Store::SumRows { .. } | Store::MaxRows { .. } => {
+                        let is_max = matches!(out.store, Store::MaxRows { .. });
+                        let sums = partials.add(out.partial + task * self.cols + col);
+                        for r in 0..rows {
+                            tape::accumulate(is_max, value.at(r * cols), sums, cols);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Tile {
+    row: usize,
+    rows: usize,
+    col: usize,
+    cols: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Partials(*mut f32);
+
+// SAFETY: each task writes the sums of its own chunk.
+unsafe impl Send for Partials {}
+// SAFETY: as above.
+unsafe impl Sync for Partials {}
+
+impl Partials {
+    fn get(&self) -> *mut f32 {
+        self.0
+    }
+}
+
+/// Offsets along a row.
+fn table(dims: &[usize], strides: &[usize]) -> Vec<u32> {
+    let mut offsets = vec![0u32];
+    for (&size, &stride) in dims.iter().zip(strides) {
+        offsets = offsets.iter().flat_map(|o| (0..size).map(move |i| o + (i * stride) as u32)).collect();
+    }
+    offsets
+}
+
+#[inline(always)]
+fn row_offset(rows: &Rows, row: usize) -> usize {
+    match rows {
+        Rows::Linear(stride) => row * stride,
+        Rows::Strided { dims, strides } => {
+            let (mut left, mut offset) = (row, 0);
+            for (size, stride) in dims.iter().zip(strides).rev() {
+                offset += left % size * stride;
+                left /= size;
+            }
+            offset
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+unsafe fn task_avx512(p: &Program, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { p.task(task, memory, scratch, partials, seed) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn task_avx2(p: &Program, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { p.task(task, memory, scratch, partials, seed) }
+}

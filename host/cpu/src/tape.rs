@@ -1,0 +1,246 @@
+//! The instructions of a fused kernel over one tile: plain loops over short vectors in the first cache.
+
+use crate::math;
+use clip_host_plugin_api::interpret::mix;
+use clip_host_plugin_api::ir::{Binary, Compare, Unary};
+
+/// An operand of a loop: a vector, or one value for all its elements.
+#[derive(Clone, Copy)]
+pub enum Arg {
+    Vector(*const f32),
+    Value(f32),
+}
+
+impl Arg {
+    /// The operand from element `at` on.
+    ///
+    /// # Safety
+    /// A vector must have more than `at` elements.
+    #[inline(always)]
+    pub unsafe fn at(self, at: usize) -> Arg {
+        match self {
+            // SAFETY: in bounds by the caller's promise.
+            Arg::Vector(p) => Arg::Vector(unsafe { p.add(at) }),
+            value => value,
+        }
+    }
+}
+
+/// `out[i] = f(a[i])`.
+///
+/// # Safety
+/// Vectors have at least `n` readable elements, `out` `n` writable ones; `out` may be `a` itself but not overlap it
+/// otherwise.
+#[inline(always)]
+unsafe fn map1(a: Arg, out: *mut f32, n: usize, f: impl Fn(f32) -> f32) {
+    match a {
+        Arg::Vector(a) => {
+            for i in 0..n {
+                // SAFETY: i < n.
+                unsafe { *out.add(i) = f(*a.add(i)) };
+            }
+        }
+        Arg::Value(a) => {
+            let value = f(a);
+            for i in 0..n {
+                // SAFETY: i < n.
+                unsafe { *out.add(i) = value };
+            }
+        }
+    }
+}
+
+/// `out[i] = f(a[i], b[i])`.
+///
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+unsafe fn map2(a: Arg, b: Arg, out: *mut f32, n: usize, f: impl Fn(f32, f32) -> f32) {
+    // SAFETY: i < n in each loop.
+    unsafe {
+        match (a, b) {
+            (Arg::Vector(a), Arg::Vector(b)) => (0..n).for_each(|i| *out.add(i) = f(*a.add(i), *b.add(i))),
+            (Arg::Vector(a), Arg::Value(b)) => (0..n).for_each(|i| *out.add(i) = f(*a.add(i), b)),
+            (Arg::Value(a), Arg::Vector(b)) => (0..n).for_each(|i| *out.add(i) = f(a, *b.add(i))),
+            (Arg::Value(a), Arg::Value(b)) => {
+                let value = f(a, b);
+                (0..n).for_each(|i| *out.add(i) = value);
+            }
+        }
+    }
+}
+
+/// Copies, or fills.
+///
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+pub unsafe fn unary_identity(a: Arg, out: *mut f32, n: usize) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { map1(a, out, n, |x| x) }
+}
+
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+pub unsafe fn unary(op: Unary, a: Arg, out: *mut f32, n: usize) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe {
+        match op {
+            Unary::Neg => map1(a, out, n, |x| -x),
+            Unary::Exp => map1(a, out, n, math::exp),
+            Unary::Ln => map1(a, out, n, math::ln),
+            Unary::Sqrt => map1(a, out, n, f32::sqrt),
+            Unary::Recip => map1(a, out, n, |x| 1.0 / x),
+            Unary::Tanh => map1(a, out, n, math::tanh),
+            Unary::Erf => map1(a, out, n, math::erf),
+            Unary::Sin => map1(a, out, n, f32::sin),
+            Unary::Cos => map1(a, out, n, f32::cos),
+            Unary::Abs => map1(a, out, n, f32::abs),
+        }
+    }
+}
+
+/// NaN in either argument gives NaN, as in PyTorch.
+#[inline(always)]
+fn maximum(a: f32, b: f32) -> f32 {
+    if a > b || a.is_nan() { a } else { b }
+}
+
+#[inline(always)]
+fn minimum(a: f32, b: f32) -> f32 {
+    if a < b || a.is_nan() { a } else { b }
+}
+
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+pub unsafe fn binary(op: Binary, a: Arg, b: Arg, out: *mut f32, n: usize) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe {
+        match op {
+            Binary::Add => map2(a, b, out, n, |x, y| x + y),
+            Binary::Sub => map2(a, b, out, n, |x, y| x - y),
+            Binary::Mul => map2(a, b, out, n, |x, y| x * y),
+            Binary::Div => map2(a, b, out, n, |x, y| x / y),
+            Binary::Maximum => map2(a, b, out, n, maximum),
+            Binary::Minimum => map2(a, b, out, n, minimum),
+            Binary::Pow => map2(a, b, out, n, f32::powf),
+        }
+    }
+}
+
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+pub unsafe fn compare(op: Compare, a: Arg, b: Arg, out: *mut f32, n: usize) {
+    let mask = |hit: bool| if hit { 1.0 } else { 0.0 };
+    // SAFETY: the caller's promise is passed on.
+    unsafe {
+        match op {
+            Compare::Lt => map2(a, b, out, n, |x, y| mask(x < y)),
+            Compare::Le => map2(a, b, out, n, |x, y| mask(x <= y)),
+            Compare::Eq => map2(a, b, out, n, |x, y| mask(x == y)),
+        }
+    }
+}
+
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+pub unsafe fn select(c: Arg, a: Arg, b: Arg, out: *mut f32, n: usize) {
+    // SAFETY: the caller's promise is passed on; i < n in each loop.
+    unsafe {
+        match (c, a, b) {
+            (Arg::Value(c), a, b) => map1(if c != 0.0 { a } else { b }, out, n, |x| x),
+            (Arg::Vector(c), Arg::Vector(a), Arg::Vector(b)) => {
+                (0..n).for_each(|i| *out.add(i) = if *c.add(i) != 0.0 { *a.add(i) } else { *b.add(i) });
+            }
+            (Arg::Vector(c), Arg::Value(a), Arg::Vector(b)) => {
+                (0..n).for_each(|i| *out.add(i) = if *c.add(i) != 0.0 { a } else { *b.add(i) });
+            }
+            (Arg::Vector(c), Arg::Vector(a), Arg::Value(b)) => {
+                (0..n).for_each(|i| *out.add(i) = if *c.add(i) != 0.0 { *a.add(i) } else { b });
+            }
+            (Arg::Vector(c), Arg::Value(a), Arg::Value(b)) => {
+                (0..n).for_each(|i| *out.add(i) = if *c.add(i) != 0.0 { a } else { b });
+            }
+        }
+    }
+}
+
+/// Lanes of a sum: fixed, so that the result does not depend on the processor's vectors.
+const LANES: usize = 16;
+
+/// Folds `n` elements: in 16 lanes, then pairwise.
+///
+/// # Safety
+/// `a` has `n` readable elements.
+#[inline(always)]
+unsafe fn fold(a: *const f32, n: usize, start: f32, f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [start; LANES];
+    let whole = n - n % LANES;
+    for i in (0..whole).step_by(LANES) {
+        for (lane, total) in lanes.iter_mut().enumerate() {
+            // SAFETY: i + lane < whole ≤ n.
+            *total = f(*total, unsafe { *a.add(i + lane) });
+        }
+    }
+    for i in whole..n {
+        // SAFETY: i < n.
+        lanes[i - whole] = f(lanes[i - whole], unsafe { *a.add(i) });
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = f(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// # Safety
+/// `a` has `n` readable elements.
+#[inline(always)]
+pub unsafe fn sum(a: *const f32, n: usize) -> f32 {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { fold(a, n, 0.0, |x, y| x + y) }
+}
+
+/// # Safety
+/// `a` has `n` readable elements.
+#[inline(always)]
+pub unsafe fn max(a: *const f32, n: usize) -> f32 {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { fold(a, n, f32::NEG_INFINITY, maximum) }
+}
+
+/// Adds (or takes the maximum of) a vector into another.
+///
+/// # Safety
+/// Both have `n` elements and do not overlap.
+#[inline(always)]
+pub unsafe fn accumulate(is_max: bool, a: Arg, into: *mut f32, n: usize) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe {
+        match is_max {
+            true => map2(Arg::Vector(into), a, into, n, maximum),
+            false => map2(Arg::Vector(into), a, into, n, |x, y| x + y),
+        }
+    }
+}
+
+/// The random numbers of [`clip_host_plugin_api::interpret::uniform`] for elements `first..first + n`.
+///
+/// # Safety
+/// `out` has `n` writable elements.
+#[inline(always)]
+pub unsafe fn uniform(seed: u64, stream: u32, first: u64, out: *mut f32, n: usize) {
+    let key = mix(seed ^ mix(u64::from(stream).wrapping_add(0x9e37_79b9_7f4a_7c15)));
+    for i in 0..n {
+        let bits = mix(key ^ (first + i as u64).wrapping_mul(0xd134_2543_de82_ef95)) >> 40;
+        // SAFETY: i < n.
+        unsafe { *out.add(i) = bits as f32 / (1u64 << 24) as f32 };
+    }
+}
