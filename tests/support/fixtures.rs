@@ -67,11 +67,37 @@ fn pin_versions(workspace: &Path) {
 }
 
 fn build(workspace: &Path, target: &Path, offline: bool) -> (bool, String) {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-    cargo.current_dir(workspace).args(["build", "--release", "--workspace", "--quiet"]).arg("--target-dir").arg(target);
+    let mut cargo = cargo(workspace, target);
+    cargo.arg("--workspace");
     if offline {
         cargo.arg("--offline");
     }
     let output = cargo.output().expect("cargo can be started");
     (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Builds first-party plugins by their packages' names, `first_party(&["clip-loss-clip"])`, and returns the folder with
+/// their libraries. The folder may hold others, too, from earlier builds: pick by file with [`first_party_library`].
+pub fn first_party(packages: &[&str]) -> PathBuf {
+    // Beside the test's own build, whose products are used again; cargo brings up to date what is stale.
+    let target = target();
+    let mut cargo = cargo(&root(), &target);
+    for package in packages {
+        cargo.args(["--package", package]);
+    }
+    let output = cargo.output().expect("cargo can be started");
+    assert!(output.status.success(), "{packages:?} do not build: {}", String::from_utf8_lossy(&output.stderr));
+    target.join("release")
+}
+
+/// The library file of a package: `clip-loss-clip` is `libclip_loss_clip.so`.
+pub fn first_party_library(folder: &Path, package: &str) -> PathBuf {
+    let name = package.replace('-', "_");
+    folder.join(format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX))
+}
+
+fn cargo(workspace: &Path, target: &Path) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    cargo.current_dir(workspace).args(["build", "--release", "--quiet"]).arg("--target-dir").arg(target);
+    cargo
 }

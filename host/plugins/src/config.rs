@@ -4,17 +4,10 @@
 //! defaults, numbers with ranges, strings with choices, lists and tuples, `$ref`, and alternatives (`anyOf`, `oneOf`, lists
 //! of types). Other keywords constrain nothing here; the plugin's own deserialisation still sees the value.
 
-use crate::names;
 use clip_host_plugin_api::describe::Descriptor;
+use clip_host_recipe::{Part, name_hint, nearest};
 use serde_json::{Map, Value};
 use thiserror::Error;
-
-/// What of a setting an error is about, so that a recipe's text can be marked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    Key,
-    Value,
-}
 
 /// One mistake in a plugin's settings.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -24,6 +17,8 @@ pub struct ConfigError {
     pub plugin: String,
     /// Where, inside `config`: `betas[1]`, `schedule.warmup`. Of a missing key, where it would be.
     pub path: String,
+    /// Whether the key or its value is wrong; with path, message and hint what [`clip_host_recipe::Recipe::error_at`] shows
+    /// in the recipe's text.
     pub part: Part,
     /// What was expected and what was got.
     pub message: String,
@@ -223,9 +218,9 @@ impl<'s> Check<'s> {
     }
 
     fn unknown_key(&mut self, key: &str, path: &str, valid: &[&str]) {
-        let hint = names::hint(key, "keys", valid);
+        let hint = name_hint(key, "keys", valid);
         let message = format!("unknown setting `{key}` of {}", self.plugin);
-        self.error(&join(path, key), Part::Key, message, Some(hint));
+        self.error(&join(path, key), Part::Key, message, hint);
     }
 
     /// Checks a value and returns it in the schema's own types.
@@ -267,7 +262,7 @@ impl<'s> Check<'s> {
 
     fn choice(&mut self, text: &str, choices: &[&str], path: &str) {
         let all: Vec<String> = choices.iter().map(|choice| format!("`{choice}`")).collect();
-        let hint = names::nearest(text, choices).map(|near| format!("did you mean `{near}`?"));
+        let hint = nearest(text, choices.iter().copied()).map(|near| format!("did you mean `{near}`?"));
         self.error(path, Part::Value, format!("expected {}, got \"{text}\"", any_of(&all)), hint);
     }
 

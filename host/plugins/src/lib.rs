@@ -22,11 +22,10 @@ pub mod config;
 pub mod error;
 pub mod inspect;
 pub mod load;
-mod names;
 pub mod plugin;
 pub mod registry;
 
-pub use config::{ConfigError, Part};
+pub use config::ConfigError;
 pub use error::{LoadError, PluginError, RegistryError};
 pub use plugin::Plugin;
 pub use registry::Registry;

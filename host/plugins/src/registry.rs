@@ -6,9 +6,9 @@
 
 use crate::error::{LoadError, RegistryError};
 use crate::load;
-use crate::names;
 use crate::plugin::Plugin;
 use clip_host_plugin_api::describe::Kind;
+use clip_host_recipe::name_hint;
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -184,7 +184,7 @@ impl Registry {
             None if ids.is_empty() => {
                 format!("no {kind} plugin was found at all: build the plugins, or set {PATH_VARIABLE} to their folder")
             }
-            None => names::hint(id, &format!("{kind} plugins"), &ids),
+            None => name_hint(id, &format!("{kind} plugins"), &ids).unwrap_or_default(),
         };
         let failures = loaded.failures.iter().map(|f| first_line(&f.error.to_string())).collect();
         RegistryError::Unknown { kind, id: id.into(), hint, searched: self.searched.clone(), failures }

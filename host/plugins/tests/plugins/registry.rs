@@ -1,8 +1,6 @@
 //! The search path, lookups, duplicates and pins.
 
-#[path = "../../../tests/support/fixtures.rs"]
-mod fixtures;
-
+use crate::fixtures;
 use clip_host_plugin_api::describe::Kind;
 use clip_host_plugins::{LoadError, Registry, RegistryError};
 use std::path::{Path, PathBuf};

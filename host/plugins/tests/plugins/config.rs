@@ -2,7 +2,8 @@
 
 use clip_host_plugin_api::describe::{Descriptor, Kind};
 use clip_host_plugin_api::schemars::{self, JsonSchema};
-use clip_host_plugins::config::{ConfigError, Part, complete};
+use clip_host_plugins::config::{ConfigError, complete};
+use clip_host_recipe::Part;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;

@@ -1,11 +1,10 @@
 //! Loading, and the answers of good and bad plugins.
 
-#[path = "../../../tests/support/fixtures.rs"]
-mod fixtures;
-
+use crate::fixtures;
 use clip_host_plugin_api::describe::Kind;
 use clip_host_plugin_api::export::Request;
 use clip_host_plugin_api::interpret::interpret;
+use clip_host_plugin_api::ir::{Fragment, Op};
 use clip_host_plugin_api::loss::LossRequest;
 use clip_host_plugin_api::optimizer::{OptimizerRequest, ParamInfo, ScalarsRequest};
 use clip_host_plugin_api::scheduler::{Progress, ScheduleRequest};
@@ -41,19 +40,30 @@ fn a_good_plugin_describes_itself_and_builds() {
     assert!(plugin.descriptor().doc.contains("Radford"));
     let config = plugin.complete(&serde_json::Map::new()).expect("defaults are sound");
     let fragment = plugin.fragment(&loss(config)).unwrap_or_else(|error| panic!("{error}"));
-    // Equal rows: all similarities are 1 (8 × 1/8), so that each row's cross-entropy is ln 4.
-    let row = vec![(1.0f64 / 8.0).sqrt(); 32];
+    // All similarities are 1, so that each row's cross-entropy is ln 4.
+    let loss = evaluate(&fragment, 0.0);
+    assert!((loss - 4f64.ln()).abs() < 1e-12, "{loss}");
+}
+
+/// A loss over equal rows of unit length.
+fn evaluate(fragment: &Fragment, step: f64) -> f64 {
     let mut values: HashMap<String, Vec<f64>> = HashMap::new();
     for node in &fragment.nodes {
-        if let clip_host_plugin_api::ir::Op::Input { name } = &node.op {
-            values.insert(name.clone(), vec![0.0; node.elements()]);
+        if let Op::Input { name } = &node.op {
+            let value = if name.ends_with("features") { (1.0f64 / 8.0).sqrt() } else { 0.0 };
+            values.insert(name.clone(), vec![value; node.elements()]);
         }
     }
-    values.insert("image_features".into(), row.clone());
-    values.insert("text_features".into(), row);
-    let results = interpret(&fragment, &values, 0).expect("the fragment runs");
-    let loss = results[fragment.output("loss").expect("a loss") as usize][0];
-    assert!((loss - 4f64.ln()).abs() < 1e-12, "{loss}");
+    values.insert("step".into(), vec![step]);
+    let results = interpret(fragment, &values, 0).expect("the fragment runs");
+    results[fragment.output("loss").expect("a loss") as usize][0]
+}
+
+#[test]
+fn the_nan_fixture_is_sound_until_its_step() {
+    let fragment = load("nan_loss").fragment(&loss(json!({ "from_step": 5 }))).expect("builds");
+    assert!((evaluate(&fragment, 4.0) - 4f64.ln()).abs() < 1e-12);
+    assert!(evaluate(&fragment, 5.0).is_nan());
 }
 
 #[test]
