@@ -121,7 +121,7 @@ pub(crate) unsafe fn multiply<A: Panels, B: Panels, C: Rows>(
         return;
     }
     if p.k == 0 {
-        fill_empty(p, c, rows);
+        fill_empty(pool, p, c, rows);
         return;
     }
     let kernels = micro_kernels(pool.isa());
@@ -196,13 +196,19 @@ fn depth_chunks(p: &Problem, depth: usize) -> (usize, usize) {
 }
 
 /// A product over no depth: zero, plus bias.
-fn fill_empty<C: Rows>(p: &Problem, c: SharedMut<'_, f32>, rows: &C) {
-    for batch in 0..p.batch {
-        for row in 0..p.m {
-            let mut offset = [0];
-            rows.offsets(batch, row, &mut offset);
-            // SAFETY: runs on one thread, and rows do not overlap.
-            let out = unsafe { c.slice(offset[0], p.n) };
+fn fill_empty<C: Rows>(pool: &ThreadPool, p: &Problem, c: SharedMut<'_, f32>, rows: &C) {
+    if p.accumulate && p.bias.is_none() {
+        return;
+    }
+    let parts = p.m.div_ceil(ROWS);
+    pool.run(p.batch * parts, &|task, _| {
+        let (batch, first) = (task / parts, task % parts * ROWS);
+        let mut offsets = [0; ROWS];
+        let offsets = &mut offsets[..ROWS.min(p.m - first)];
+        rows.offsets(batch, first, offsets);
+        for offset in offsets {
+            // SAFETY: each task has its own rows, and rows do not overlap.
+            let out = unsafe { c.slice(*offset, p.n) };
             if !p.accumulate {
                 out.fill(0.0);
             }
@@ -210,7 +216,7 @@ fn fill_empty<C: Rows>(p: &Problem, c: SharedMut<'_, f32>, rows: &C) {
                 out.iter_mut().zip(&bias[batch * p.bias_stride..]).for_each(|(out, bias)| *out += bias);
             }
         }
-    }
+    });
 }
 
 /// The part of C worked on between two packings of B, and how it is cut into tasks.
@@ -377,6 +383,7 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
             let len = self.depth.min(block.depth.end - depth);
             let first = depth == block.depth.start;
             let last = depth + len == block.depth.end;
+            let next_len = self.depth.min(block.depth.end - depth - len);
             let b_start = match packed {
                 Some((packed, padded, batch, start)) => {
                     let at = packed_offset(self.problem.k, padded, batch, depth, len, block.cols.start - start);
@@ -400,6 +407,15 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
                 let next = row + mr;
                 if next < block.rows.end {
                     self.a.prefetch(block.batch, next, mr.min(block.rows.end - next), depth, len);
+                } else if !last {
+                    self.a.prefetch(block.batch, block.rows.start, mr.min(block.rows.len()), depth + len, next_len);
+                }
+                if packed.is_none() && !last {
+                    // Each panel of rows brings in its share of the next block of B.
+                    let (from, to) = (row - block.rows.start, next.min(block.rows.end) - block.rows.start);
+                    let part = |row: usize| next_len * row / block.rows.len();
+                    let (depth, len) = (depth + len + part(from), part(to) - part(from));
+                    self.b.prefetch(block.batch, block.cols.start, cols, depth, len);
                 }
                 for col in (0..cols).step_by(nr) {
                     let bias = match bias {

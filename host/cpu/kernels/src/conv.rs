@@ -519,7 +519,12 @@ impl PatchColumns<'_> {
                 // SAFETY: the caller's promise.
                 let out = unsafe { std::slice::from_raw_parts_mut(dst.add(segment.dst + k * width), count) };
                 if wide {
-                    patches.copy_wide(&pixel, segment.tap_y, segment.from, out);
+                    match patches.wide(&pixel, segment.tap_y) {
+                        Some((0, last, start)) if last == patches.xs.count => {
+                            out.copy_from_slice(&patches.data[start + segment.from..][..count]);
+                        }
+                        _ => patches.copy_wide(&pixel, segment.tap_y, segment.from, out),
+                    }
                 } else if let Some(start) = patches.at(&pixel, segment.tap_y, segment.tap_x, batch) {
                     let source = &patches.data[start + segment.from..start + segment.from + count];
                     // SAFETY: both slices have `count` floats and do not overlap.
@@ -574,6 +579,18 @@ impl Panels for PatchColumns<'_> {
                 // SAFETY: the caller promises the panels that the segments are in.
                 unsafe { self.pack_segments(batch, &segments[..count], depth, len, dst, width) };
                 count = 0;
+            }
+        }
+    }
+
+    fn prefetch(&self, batch: usize, line: usize, lines: usize, depth: usize, len: usize) {
+        if self.0.ys.count * self.0.xs.count == 1 {
+            let mut pixel = self.0.pixel(depth);
+            for _ in 0..len {
+                if let Some(start) = self.0.at(&pixel, 0, 0, batch) {
+                    prefetch(self.0.data.as_ptr().wrapping_add(start + line), lines);
+                }
+                self.0.next(&mut pixel);
             }
         }
     }

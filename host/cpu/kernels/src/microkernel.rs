@@ -83,27 +83,33 @@ static PORTABLE: MicroKernels =
 ///
 /// # Safety
 /// See [`MicroKernels::multiply`].
+#[allow(clippy::needless_range_loop)]
 unsafe fn multiply_portable(tile: &Tile) {
     const MR: usize = 4;
     const NR: usize = 8;
     let mut acc = [[0f32; NR]; MR];
     // SAFETY: all offsets are within the ranges promised by the caller.
     unsafe {
-        let full = tile.cols == NR || tile.b_stride == NR;
-        for k in 0..tile.depth {
-            let a = tile.a.add(k * MR).cast::<[f32; MR]>().read();
-            let b = if full {
-                tile.b.add(k * tile.b_stride).cast::<[f32; NR]>().read()
-            } else {
-                let mut partial = [0f32; NR];
-                for (col, value) in partial.iter_mut().enumerate().take(tile.cols) {
-                    *value = tile.b.add(k * tile.b_stride + col).read();
+        if tile.cols == NR || tile.b_stride == NR {
+            // A tile of its own, indexed by constants only, so that the compiler keeps it in registers.
+            let mut sums = [[0f32; NR]; MR];
+            for k in 0..tile.depth {
+                let a = tile.a.add(k * MR).cast::<[f32; MR]>().read();
+                let b = tile.b.add(k * tile.b_stride).cast::<[f32; NR]>().read();
+                for row in 0..MR {
+                    for col in 0..NR {
+                        sums[row][col] += a[row] * b[col];
+                    }
                 }
-                partial
-            };
-            for row in 0..MR {
-                for col in 0..NR {
-                    acc[row][col] += a[row] * b[col];
+            }
+            acc = sums;
+        } else {
+            for k in 0..tile.depth {
+                for (row, sums) in acc.iter_mut().enumerate().take(tile.rows) {
+                    let value = tile.a.add(k * MR + row).read();
+                    for (col, sum) in sums.iter_mut().enumerate().take(tile.cols) {
+                        *sum += value * tile.b.add(k * tile.b_stride + col).read();
+                    }
                 }
             }
         }
