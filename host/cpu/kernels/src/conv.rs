@@ -140,7 +140,6 @@ pub fn conv2d_forward(
         return depthwise::forward(pool, shape, input, weight, bias, output, accumulate);
     }
     let patches = Patches::of_input(shape, input);
-    let weights = ForwardWeights { shape, weight };
     let problem = Problem {
         m: shape.batch * shape.out_h * shape.out_w,
         n: shape.group_out(),
@@ -152,8 +151,18 @@ pub fn conv2d_forward(
         bias_stride: shape.group_out(),
     };
     let rows = DenseRows { start: 0, row: shape.out_c, batch: shape.group_out() };
-    // SAFETY: `check` compared all sizes; the rows of C are the output's pixels.
-    unsafe { multiply(pool, &problem, &patches, &weights, SharedMut::new(output), &rows) };
+    let output = SharedMut::new(output);
+    if shape.taps() == 1 {
+        // The weight is a plain matrix.
+        let (group_in, group_out) = (shape.group_in(), shape.group_out());
+        let batch = |group: usize| group * group_out * group_in;
+        let weights = Strided { data: weight, line: group_in, depth: 1, batch };
+        // SAFETY: `check` compared all sizes; the rows of C are the output's pixels.
+        return unsafe { multiply(pool, &problem, &patches, &weights, output, &rows) };
+    }
+    let weights = ForwardWeights { shape, weight };
+    // SAFETY: as above.
+    unsafe { multiply(pool, &problem, &patches, &weights, output, &rows) };
 }
 
 /// The gradient of the input: `input_grad (+)=` the transposed convolution of `output_grad` with `weight`.
@@ -189,7 +198,6 @@ pub fn conv2d_input_grad(
                 ys,
                 xs,
             };
-            let weights = BackwardWeights { shape, weight, ys, xs };
             let rows = PhaseRows { shape, grid, phase: (phase_y, phase_x) };
             let problem = Problem {
                 m: shape.batch * grid.0 * grid.1,
@@ -201,8 +209,19 @@ pub fn conv2d_input_grad(
                 bias: None,
                 bias_stride: 0,
             };
-            // SAFETY: `check` compared all sizes; the rows of C are the pixels of one class, each once.
-            unsafe { multiply(pool, &problem, &patches, &weights, SharedMut::new(input_grad), &rows) };
+            let input_grad = SharedMut::new(input_grad);
+            if shape.taps() == 1 {
+                // The weight is a plain matrix, here transposed.
+                let (group_in, group_out) = (shape.group_in(), shape.group_out());
+                let batch = |group: usize| group * group_out * group_in;
+                let weights = Strided { data: weight, line: 1, depth: group_in, batch };
+                // SAFETY: `check` compared all sizes; the rows of C are the pixels of one class, each once.
+                unsafe { multiply(pool, &problem, &patches, &weights, input_grad, &rows) };
+                continue;
+            }
+            let weights = BackwardWeights { shape, weight, ys, xs };
+            // SAFETY: as above.
+            unsafe { multiply(pool, &problem, &patches, &weights, input_grad, &rows) };
         }
     }
 }
@@ -605,7 +624,7 @@ struct ForwardWeights<'a> {
 impl Panels for ForwardWeights<'_> {
     unsafe fn pack(
         &self,
-        kernels: &MicroKernels,
+        _: &MicroKernels,
         batch: usize,
         line: usize,
         lines: usize,
@@ -616,11 +635,6 @@ impl Panels for ForwardWeights<'_> {
     ) {
         let (taps, group) = (self.shape.taps(), self.shape.group_in());
         let first_channel = batch * self.shape.group_out() + line;
-        if taps == 1 {
-            let weights = Strided { data: self.weight, line: group, depth: 1, batch: |_| 0 };
-            // SAFETY: the caller's promise; a 1x1 weight is a plain matrix.
-            return unsafe { weights.pack(kernels, 0, first_channel, lines, depth, len, dst, width) };
-        }
         // In memory the taps of a channel are neighbours: walk the channels, and for each the taps in range.
         for channel in 0..group {
             for tap in 0..taps {
