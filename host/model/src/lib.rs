@@ -1,5 +1,12 @@
 //! Assembles encoders, loss and optimizer into one program and holds it compiled: the model as the train loop sees it.
 
+mod assemble;
+mod init;
+pub mod replay;
+mod session;
+
+pub use session::Session;
+
 use clip_host_plugins::Plugin;
 use std::sync::Arc;
 
@@ -51,14 +58,17 @@ pub struct StepInput<'a> {
     pub lr: f64,
 }
 
+/// What a step computed.
 pub struct StepOutput {
     pub loss: f32,
     /// The loss plugin's metrics and `grad_norm` if clipping is on.
     pub metrics: Vec<(String, f32)>,
 }
 
+/// What a persistent tensor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
+    /// A trainable weight.
     Param,
     /// Running statistics, per-sample tables.
     State,
@@ -75,48 +85,34 @@ pub struct NamedTensor<'a> {
     pub data: &'a [f32],
 }
 
-pub struct Session {}
-
+/// Why a model could not be built or run.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    #[error("{0}")]
-    Other(String),
-}
-
-impl Session {
-    /// Builds and compiles everything.
-    pub fn new(spec: ModelSpec) -> Result<Session, ModelError> {
-        unimplemented!()
-    }
-    /// Forward, backward and update. With a loss or gradient that is not finite, an error that names the step; the
-    /// caller then must not use the session's tensors.
-    pub fn train_step(&mut self, input: &StepInput) -> Result<StepOutput, ModelError> {
-        unimplemented!()
-    }
-    /// Normalised embeddings `[n, embed_dim]` of `n` images, evaluation mode; any n.
-    pub fn encode_images(&mut self, images: &[f32]) -> Result<Vec<f32>, ModelError> {
-        unimplemented!()
-    }
-    /// Normalised embeddings of `n` texts.
-    pub fn encode_texts(&mut self, input_ids: &[i32], attention_mask: &[f32]) -> Result<Vec<f32>, ModelError> {
-        unimplemented!()
-    }
-    /// Every persistent tensor, in a fixed order.
-    pub fn tensors(&self) -> Vec<NamedTensor<'_>> {
-        unimplemented!()
-    }
-    /// Sets one; an error if the name or the size does not fit.
-    pub fn set_tensor(&mut self, name: &str, data: &[f32]) -> Result<(), ModelError> {
-        unimplemented!()
-    }
-    /// What the compiled step is: for `bench` and logs.
-    pub fn stats(&self) -> Stats {
-        unimplemented!()
-    }
-    /// Milliseconds that the parts of the last step took.
-    pub fn phases(&self) -> Phases {
-        unimplemented!()
-    }
+    #[error(transparent)]
+    Plugin(#[from] clip_host_plugins::PluginError),
+    #[error(transparent)]
+    Program(#[from] clip_host_graph::program::ProgramError),
+    #[error(transparent)]
+    Compile(#[from] clip_host_compiler::plan::CompileError),
+    #[error(transparent)]
+    Execute(#[from] clip_host_cpu::ExecuteError),
+    #[error("differentiating the loss: {0}")]
+    Gradient(#[from] clip_host_plugin_api::gradient::GradientError),
+    #[error("assembling the model: {0}")]
+    Build(#[from] clip_host_plugin_api::graph::BuildError),
+    #[error("{plugin}: expected an output `{name}` {expected}, got {got}")]
+    Output { plugin: String, name: String, expected: String, got: String },
+    #[error(
+        "step {step}: {what} is not finite (hint: a lower learning rate or a higher temperature; the last checkpoint \
+         is from before this step)"
+    )]
+    NotFinite { step: u64, what: &'static str },
+    #[error("the model has no tensor `{name}`{}", nearest.as_ref().map(|n| format!(" (hint: did you mean `{n}`?)")).unwrap_or_default())]
+    UnknownTensor { name: String, nearest: Option<String> },
+    #[error("tensor `{name}`: expected {expected}, got {got}")]
+    TensorSize { name: String, expected: String, got: String },
+    #[error("replay: {0}")]
+    Replay(String),
 }
 
 /// Sizes of the compiled training step.

@@ -1,0 +1,423 @@
+//! Runs one plugin on given tensors, through the same compiler and kernels as training: parity checks for those who port
+//! a formula from elsewhere. Names are those of the golden files.
+
+use crate::{ModelError, Part};
+use clip_host_compiler::layout::ChannelsLast;
+use clip_host_compiler::plan::compile;
+use clip_host_cpu::{Executor, Store, ThreadPool};
+use clip_host_graph::autograd::Autograd;
+use clip_host_graph::program::Program;
+use clip_host_plugin_api::encoder::{EncoderRequest, InputShape};
+use clip_host_plugin_api::export::Request;
+use clip_host_plugin_api::ir::{DType, Fragment, Init, Node, NodeId, Op};
+use clip_host_plugin_api::loss::LossRequest;
+use clip_host_plugin_api::optimizer::{OptimizerRequest, ParamInfo, ScalarsRequest};
+use clip_host_plugin_api::scheduler::{Progress, ScheduleRequest};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+/// A tensor read from or written to a file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    pub shape: Vec<usize>,
+    pub data: Data,
+}
+
+/// Its elements.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Data {
+    F32(Vec<f32>),
+    F64(Vec<f64>),
+    I64(Vec<i64>),
+}
+
+impl Tensor {
+    fn f32(shape: &[usize], data: Vec<f32>) -> Self {
+        Tensor { shape: shape.to_vec(), data: Data::F32(data) }
+    }
+
+    fn values(&self) -> Vec<f64> {
+        match &self.data {
+            Data::F32(v) => v.iter().map(|&x| f64::from(x)).collect(),
+            Data::F64(v) => v.clone(),
+            Data::I64(v) => v.iter().map(|&x| x as f64).collect(),
+        }
+    }
+
+    /// The part of one step: the leading dimension is the step.
+    fn step(&self, step: usize) -> Vec<f64> {
+        let all = self.values();
+        let each = all.len() / self.shape.first().copied().unwrap_or(1).max(1);
+        all[(step * each).min(all.len())..((step + 1) * each).min(all.len())].to_vec()
+    }
+}
+
+/// Tensors by name.
+pub type Tensors = BTreeMap<String, Tensor>;
+
+/// Names under which the golden files know a parameter.
+const ALIASES: [(&str, &str); 1] = [("logit_scale", "t")];
+
+fn alias(name: &str) -> &str {
+    ALIASES.iter().find(|a| a.0 == name).map_or(name, |a| a.1)
+}
+
+fn required<'t>(tensors: &'t Tensors, name: &str) -> Result<&'t Tensor, ModelError> {
+    tensors.get(name).ok_or_else(|| {
+        let known: Vec<&str> = tensors.keys().map(String::as_str).collect();
+        ModelError::Replay(format!("the input has no tensor `{name}` (it has {})", known.join(", ")))
+    })
+}
+
+fn shape<const N: usize>(name: &str, tensor: &Tensor) -> Result<[usize; N], ModelError> {
+    <[usize; N]>::try_from(tensor.shape.clone())
+        .map_err(|got| ModelError::Replay(format!("`{name}`: expected {N} dimensions, got {got:?}")))
+}
+
+/// A compiled fragment with gradients.
+struct Compiled {
+    executor: Executor,
+    store: Store,
+    /// Persistent leaves by name.
+    leaves: Vec<(String, Vec<usize>, Init, bool)>,
+}
+
+impl Compiled {
+    /// Compiles the fragment's outputs, and the gradients of `seeds` (output, cotangent input or none) with respect to
+    /// the leaves that `wrt` picks, as `grad.<leaf>`.
+    fn new(fragment: &Fragment, seeds: &[(String, Option<String>)], wrt: &[String]) -> Result<Self, ModelError> {
+        let mut program = Program::default();
+        let spliced = program.splice(fragment, "replay", &HashMap::new(), |_, name| name.to_string())?;
+        let projected: HashMap<NodeId, NodeId> = fragment.projections.iter().copied().collect();
+        for (name, id) in fragment.outputs.iter().chain(&fragment.metrics) {
+            program.outputs.push((name.clone(), spliced.nodes[*id as usize]));
+        }
+        let mut leaves = Vec::new();
+        let mut wrt_nodes = Vec::new();
+        let mut params = spliced.params.iter();
+        for (id, node) in fragment.nodes.iter().enumerate() {
+            let (name, init) = match &node.op {
+                Op::Param { name, init } | Op::State { name, init } => (name, Some(*init)),
+                Op::Input { name } => (name, None),
+                _ => continue,
+            };
+            let param = if let Op::Param { .. } = node.op { params.next() } else { None };
+            if let Some(init) = init {
+                leaves.push((name.clone(), node.shape.clone(), init, param.is_some()));
+            }
+            if let Some(param) = param
+                && projected.contains_key(&(id as NodeId))
+            {
+                program.outputs.push((format!("used.{name}"), param.value));
+                program.updates.push((param.leaf, param.value));
+            }
+            if wrt.contains(name) {
+                wrt_nodes.push((name.clone(), param.map_or(spliced.nodes[id], |p| p.value)));
+            }
+        }
+        let cotangent = |program: &mut Program, name: &str, shape: &[usize]| {
+            let op = Op::Input { name: name.into() };
+            program.push(&Node { op, inputs: vec![], shape: shape.to_vec(), dtype: DType::F32 }, &[])
+        };
+        let mut pairs = Vec::new();
+        for (output, seed) in seeds {
+            let Some(id) = fragment.output(output) else {
+                return Err(ModelError::Replay(format!("the plugin has no output `{output}`")));
+            };
+            let shape = fragment.nodes[id as usize].shape.clone();
+            let seed = seed.as_ref().map(|name| cotangent(&mut program, name, &shape));
+            pairs.push((spliced.nodes[id as usize], seed));
+        }
+        // References follow through the passes as outputs.
+        let first = program.outputs.len();
+        for (name, node) in &wrt_nodes {
+            program.outputs.push((name.clone(), *node));
+        }
+        for (output, seed) in &pairs {
+            program.outputs.push(("seeded".into(), *output));
+            program.outputs.extend(seed.map(|s| ("cotangent".to_string(), s)));
+        }
+        program.run("channels_last", ChannelsLast)?;
+        let tracked = program.outputs.split_off(first);
+        let (wrt_now, rest) = tracked.split_at(wrt_nodes.len());
+        let mut rest = rest.iter().map(|r| r.1);
+        let mut seeds_now = Vec::new();
+        for (_, seed) in &pairs {
+            let output = rest.next().unwrap_or_default();
+            seeds_now.push((output, seed.and_then(|_| rest.next())));
+        }
+        if !wrt_now.is_empty() {
+            let autograd = Autograd::new(seeds_now, wrt_now.iter().map(|w| w.1).collect());
+            program.run("autograd", &autograd)?;
+            if let Some(gradients) = autograd.take() {
+                for ((name, _), grad) in wrt_now.iter().zip(gradients?.grads) {
+                    program.outputs.push((format!("grad.{name}"), grad));
+                }
+            }
+        }
+        let plan = compile(&mut program)?;
+        let mut store = Store::default();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let executor = Executor::new(plan, Arc::new(ThreadPool::new(threads)), &mut store)?;
+        for (name, shape, init, _) in &leaves {
+            store.entry(name, shape.iter().product());
+            if let Some(values) = store.get_mut(name) {
+                crate::init::fill(*init, 0, name, values);
+            }
+        }
+        Ok(Compiled { executor, store, leaves })
+    }
+
+    fn set(&mut self, name: &str, values: &[f64]) -> Result<(), ModelError> {
+        if let Some(stored) = self.store.get_mut(name) {
+            if stored.len() != values.len() {
+                let (expected, got) = (format!("{} elements", stored.len()), format!("{}", values.len()));
+                return Err(ModelError::TensorSize { name: name.into(), expected, got });
+            }
+            stored.iter_mut().zip(values).for_each(|(s, &v)| *s = v as f32);
+            return Ok(());
+        }
+        Ok(self.executor.set_f32(name, &values.iter().map(|&v| v as f32).collect::<Vec<_>>())?)
+    }
+
+    fn set_ids(&mut self, name: &str, values: &[f64]) -> Result<(), ModelError> {
+        Ok(self.executor.set_i32(name, &values.iter().map(|&v| v as i32).collect::<Vec<_>>())?)
+    }
+
+    fn run(&mut self, seed: u64) -> Result<(), ModelError> {
+        Ok(self.executor.run(&mut self.store, seed)?)
+    }
+
+    fn get(&self, output: &str) -> Option<Vec<f32>> {
+        self.executor.output(&self.store, output)
+    }
+}
+
+/// Stacks one result per step.
+#[derive(Default)]
+struct Stacks(BTreeMap<String, (Vec<usize>, Vec<f32>)>);
+
+impl Stacks {
+    fn push(&mut self, name: String, shape: &[usize], values: &[f32]) {
+        self.0.entry(name).or_insert_with(|| (shape.to_vec(), vec![])).1.extend_from_slice(values);
+    }
+
+    fn finish(self, steps: usize) -> Tensors {
+        let stacked = |(name, (shape, data)): (String, (Vec<usize>, Vec<f32>))| {
+            (name, Tensor::f32(&[&[steps], &shape[..]].concat(), data))
+        };
+        self.0.into_iter().map(stacked).collect()
+    }
+}
+
+/// `image_features text_features [image_ids text_ids epoch]`, stacked over steps, and parameters by name (once, or for
+/// each step as `<name>_raw`) in; `loss grad_image_features grad_text_features state.* grad_<param> <param>_used` and the
+/// metrics out. Without ids, rows are numbered from 0. The data set's size is that of a `state.*` or parameter table
+/// among the inputs, else one more than the largest id.
+pub fn loss(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
+    let images = required(tensors, "image_features")?;
+    let texts = required(tensors, "text_features")?;
+    let [steps, batch, embed_dim] = shape("image_features", images)?;
+    let ids = |name: &str, step: usize| match tensors.get(name) {
+        Some(ids) => ids.step(step),
+        None => (0..batch).map(|i| i as f64).collect(),
+    };
+    let largest = (0..steps).flat_map(|s| [ids("image_ids", s), ids("text_ids", s)].concat()).fold(0.0, f64::max);
+    let tables = tensors.iter().filter_map(|(name, t)| match (name.strip_prefix("state."), &t.shape[..]) {
+        (Some(_), &[s, n]) if s == steps => Some(n),
+        (None, &[n]) if name.ends_with("_tau") => Some(n),
+        _ => None,
+    });
+    let dataset_size = tables.max().unwrap_or(0).max(largest as usize + 1);
+    let request = LossRequest { config: part.config.clone(), batch, embed_dim, dataset_size };
+    let fragment = part.plugin.fragment(&Request::Loss(request))?;
+    let mut wrt = vec!["image_features".to_string(), "text_features".to_string()];
+    wrt.extend(fragment.nodes.iter().filter_map(|n| match &n.op {
+        Op::Param { name, .. } => Some(name.clone()),
+        _ => None,
+    }));
+    let mut compiled = Compiled::new(&fragment, &[("loss".into(), None)], &wrt)?;
+    let leaves = compiled.leaves.clone();
+    let mut out = Stacks::default();
+    for step in 0..steps {
+        compiled.set("image_features", &images.step(step))?;
+        compiled.set("text_features", &texts.step(step))?;
+        for (raw, features) in [("image_embeddings", images), ("text_embeddings", texts)] {
+            compiled.set(raw, &tensors.get(raw).unwrap_or(features).step(step))?;
+        }
+        for name in ["image_ids", "text_ids"] {
+            compiled.set_ids(name, &ids(name, step))?;
+        }
+        compiled.set("epoch", &tensors.get("epoch").map_or(vec![0.0], |e| e.step(step)))?;
+        compiled.set("step", &[step as f64])?;
+        for (name, ..) in leaves.iter().filter(|l| l.3) {
+            let raw = [format!("{name}_raw"), format!("{}_raw", alias(name))];
+            if let Some(tensor) = raw.iter().find_map(|r| tensors.get(r)) {
+                compiled.set(name, &tensor.step(step))?;
+            } else if let Some(tensor) = tensors.get(name) {
+                compiled.set(name, &tensor.values())?;
+            }
+        }
+        compiled.run(step as u64)?;
+        let mut take = |output: &str, name: String, shape: &[usize]| {
+            if let Some(values) = compiled.get(output) {
+                out.push(name, shape, &values);
+            }
+        };
+        take("loss", "loss".into(), &[]);
+        take("grad.image_features", "grad_image_features".into(), &[batch, embed_dim]);
+        take("grad.text_features", "grad_text_features".into(), &[batch, embed_dim]);
+        for (name, shape, _, is_param) in &leaves {
+            if *is_param {
+                take(&format!("grad.{name}"), format!("grad_{}", alias(name)), shape);
+                take(&format!("used.{name}"), format!("{}_used", alias(name)), shape);
+            }
+        }
+        for (metric, _) in &fragment.metrics {
+            take(metric, metric.clone(), &[]);
+        }
+        for (name, shape, ..) in leaves.iter().filter(|l| !l.3) {
+            if let Some(values) = compiled.store.get(name) {
+                out.push(format!("state.{name}"), shape, values);
+            }
+        }
+    }
+    Ok(out.finish(steps))
+}
+
+/// `param_init.* grad.* lr` in, `param_after.* state.*` out. Parameters with one dimension and those whose name ends in
+/// `.bias` do not decay; all others do by `weight_decay`.
+pub fn optimizer(part: &Part, weight_decay: f64, tensors: &Tensors) -> Result<Tensors, ModelError> {
+    let lr = required(tensors, "lr")?;
+    let steps = lr.values().len();
+    let mut out = Tensors::new();
+    let no_decay = ["1d".to_string(), "*.bias".to_string()];
+    for (name, init) in tensors.iter().filter_map(|(n, t)| Some((n.strip_prefix("param_init.")?, t))) {
+        let grads = required(tensors, &format!("grad.{name}"))?;
+        let decay = if crate::assemble::decays(&no_decay, name, init.shape.len()) { weight_decay } else { 0.0 };
+        let info = ParamInfo { name: name.into(), shape: init.shape.clone(), weight_decay: decay };
+        let fragment =
+            part.plugin.fragment(&Request::Optimizer(OptimizerRequest { config: part.config.clone(), info }))?;
+        let mut compiled = Compiled::new(&fragment, &[], &[])?;
+        let mut param = init.values();
+        let mut stack = Stacks::default();
+        for (step, lr) in lr.values().into_iter().enumerate() {
+            let request = ScalarsRequest { config: part.config.clone(), step: step as u64 + 1, lr };
+            for (scalar, value) in part.plugin.scalars(&request)?.scalars {
+                compiled.set(&format!("scalar.{scalar}"), &[value])?;
+            }
+            compiled.set("param", &param)?;
+            compiled.set("grad", &grads.step(step))?;
+            compiled.run(step as u64)?;
+            let new = compiled.get("param").unwrap_or_default();
+            param = new.iter().map(|&v| f64::from(v)).collect();
+            stack.push(format!("param_after.{name}"), &init.shape, &new);
+        }
+        out.extend(stack.finish(steps));
+        for (state, shape, ..) in &compiled.leaves {
+            if let Some(values) = compiled.store.get(state) {
+                out.insert(format!("state.{state}.{name}"), Tensor::f32(shape, values.to_vec()));
+            }
+        }
+        out.insert(format!("state.step.{name}"), Tensor { shape: vec![], data: Data::I64(vec![steps as i64]) });
+    }
+    Ok(out)
+}
+
+/// `param.*`, `input.image` or `input.input_ids input.attention_mask`, and `cotangent.*` in; for both modes
+/// `<mode>.output.* <mode>.loss <mode>.grad.* <mode>.grad_input.image <mode>.buffer_after.*` out.
+pub fn encoder(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
+    let mut out = Tensors::new();
+    let image = tensors.get("input.image");
+    let (batch, input) = match image {
+        Some(image) => {
+            let [batch, _, height, width] = shape("input.image", image)?;
+            (batch, InputShape::Image { height, width })
+        }
+        None => {
+            let [batch, length] = shape("input.input_ids", required(tensors, "input.input_ids")?)?;
+            (batch, InputShape::Text { length })
+        }
+    };
+    let cotangents: Vec<&str> = tensors.keys().filter_map(|n| n.strip_prefix("cotangent.")).collect();
+    for (mode, training) in [("eval", false), ("train", true)] {
+        let request = EncoderRequest { config: part.config.clone(), batch, input, training };
+        let mut fragment = part.plugin.fragment(&Request::Encoder(request))?;
+        // An encoder may name fewer results in training.
+        let seeded: Vec<&str> = cotangents.iter().copied().filter(|c| fragment.output(c).is_some()).collect();
+        if seeded.is_empty() {
+            continue;
+        }
+        if !training {
+            fragment.updates.clear();
+        }
+        let seeds: Vec<(String, Option<String>)> =
+            seeded.iter().map(|c| (c.to_string(), Some(format!("cotangent.{c}")))).collect();
+        let mut wrt: Vec<String> = vec!["images".into()];
+        wrt.extend(fragment.nodes.iter().filter_map(|n| match &n.op {
+            Op::Param { name, .. } => Some(name.clone()),
+            _ => None,
+        }));
+        let mut compiled = Compiled::new(&fragment, &seeds, &wrt)?;
+        for (name, ..) in compiled.leaves.clone() {
+            let given = tensors.get(&format!("param.{name}"));
+            let given = given.ok_or_else(|| ModelError::Replay(format!("the input has no tensor `param.{name}`")))?;
+            compiled.set(&name, &given.values())?;
+        }
+        match image {
+            Some(image) => compiled.set("images", &image.values())?,
+            None => {
+                compiled.set_ids("input_ids", &required(tensors, "input.input_ids")?.values())?;
+                compiled.set("attention_mask", &required(tensors, "input.attention_mask")?.values())?;
+            }
+        }
+        for c in &seeded {
+            compiled.set(&format!("cotangent.{c}"), &required(tensors, &format!("cotangent.{c}"))?.values())?;
+        }
+        compiled.run(0)?;
+        let mut total = 0.0;
+        for (name, id) in &fragment.outputs {
+            let shape = &fragment.nodes[*id as usize].shape;
+            let values = compiled.get(name).unwrap_or_default();
+            if let Some(weights) = tensors.get(&format!("cotangent.{name}")) {
+                total += values.iter().zip(weights.values()).map(|(&v, w)| f64::from(v) * w).sum::<f64>();
+            }
+            out.insert(format!("{mode}.output.{name}"), Tensor::f32(shape, values));
+        }
+        out.insert(format!("{mode}.loss"), Tensor { shape: vec![], data: Data::F64(vec![total]) });
+        for (name, shape, _, is_param) in &compiled.leaves {
+            if *is_param {
+                if let Some(grad) = compiled.get(&format!("grad.{name}")) {
+                    out.insert(format!("{mode}.grad.{name}"), Tensor::f32(shape, grad));
+                }
+            } else if training && let Some(values) = compiled.store.get(name) {
+                let tensor = match name.ends_with("num_batches_tracked") {
+                    true => {
+                        Tensor { shape: shape.clone(), data: Data::I64(values.iter().map(|&v| v as i64).collect()) }
+                    }
+                    false => Tensor::f32(shape, values.to_vec()),
+                };
+                out.insert(format!("{mode}.buffer_after.{name}"), tensor);
+            }
+        }
+        if let (Some(image), Some(grad)) = (image, compiled.get("grad.images")) {
+            out.insert(format!("{mode}.grad_input.image"), Tensor::f32(&image.shape, grad));
+        }
+    }
+    Ok(out)
+}
+
+/// `index` (steps or epochs) in, `lr` out. `run` says what the schedule is told of the run: its `step` and `epoch` are
+/// replaced by the index, with one step in an epoch.
+pub fn scheduler(part: &Part, run: &Progress, tensors: &Tensors) -> Result<Tensors, ModelError> {
+    let index = required(tensors, "index")?;
+    let mut state = serde_json::Value::Null;
+    let mut lr = Vec::new();
+    for at in index.values() {
+        let progress = Progress { step: at as u64, epoch: at as u64, steps_per_epoch: 1, ..run.clone() };
+        let answer = part.plugin.schedule(&ScheduleRequest { config: part.config.clone(), progress, state })?;
+        state = answer.state;
+        lr.push(answer.lr);
+    }
+    Ok(Tensors::from([("lr".to_string(), Tensor { shape: index.shape.clone(), data: Data::F64(lr) })]))
+}

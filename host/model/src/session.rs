@@ -1,0 +1,266 @@
+//! The compiled model with its tensors.
+
+use crate::assemble::{ParamSlot, StateSlot, Tower, Training, evaluation, training};
+use crate::{ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, init};
+use clip_host_compiler::kernel::Kernel;
+use clip_host_compiler::plan::{Plan, Region};
+use clip_host_cpu::{Executor, Store, ThreadPool};
+use clip_host_plugin_api::interpret::mix;
+use clip_host_plugin_api::optimizer::ScalarsRequest;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Samples that a tower encodes at once in evaluation.
+const EVAL_BATCH: usize = 64;
+
+/// A model, compiled.
+pub struct Session {
+    spec: ModelSpec,
+    pool: Arc<ThreadPool>,
+    store: Store,
+    step: Executor,
+    params: Vec<ParamSlot>,
+    states: Vec<StateSlot>,
+    metrics: Vec<String>,
+    image: Option<Executor>,
+    text: Option<Executor>,
+    compile_ms: f64,
+}
+
+impl Session {
+    /// Builds and compiles everything, and gives every tensor its first value.
+    pub fn new(spec: ModelSpec) -> Result<Session, ModelError> {
+        let start = Instant::now();
+        let threads = match spec.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let pool = Arc::new(ThreadPool::new(threads));
+        let Training { plan, params, states, metrics } = training(&spec)?;
+        let mut store = Store::default();
+        for param in &params {
+            // A parameter that nothing reads still has its value.
+            let length = params.iter().filter(|p| p.storage == param.storage).map(|p| p.offset + p.elements()).max();
+            store.entry(&param.storage, length.unwrap_or(0));
+        }
+        let phases = phase_ends(&plan);
+        let mut step = Executor::new(plan, pool.clone(), &mut store)?;
+        step.set_phases(phases);
+        for param in &params {
+            if let Some(storage) = store.get_mut(&param.storage) {
+                let values = &mut storage[param.offset..param.offset + param.elements()];
+                init::fill(param.init, spec.seed, &param.name, values);
+            }
+        }
+        for state in &states {
+            if let Some(values) = store.get_mut(&state.name) {
+                init::fill(state.init, spec.seed, &state.name, values);
+            }
+        }
+        let compile_ms = start.elapsed().as_secs_f64() * 1e3;
+        tracing::debug!(kernels = step.plan().kernels.len(), compile_ms, "compiled the training step");
+        Ok(Session { spec, pool, store, step, params, states, metrics, image: None, text: None, compile_ms })
+    }
+
+    /// What the session was built from.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Forward, backward and update. With a loss or gradient that is not finite, an error that names the step; the
+    /// caller then must not use the session's tensors.
+    pub fn train_step(&mut self, input: &StepInput) -> Result<StepOutput, ModelError> {
+        let step = &mut self.step;
+        step.set_f32("images", input.images)?;
+        step.set_i32("input_ids", input.input_ids)?;
+        step.set_f32("attention_mask", input.attention_mask)?;
+        step.set_i32("image_ids", input.image_ids)?;
+        step.set_i32("text_ids", input.text_ids)?;
+        step.set_f32("epoch", &[input.epoch as f32])?;
+        step.set_f32("step", &[input.step as f32])?;
+        let request =
+            ScalarsRequest { config: self.spec.optimizer.config.clone(), step: input.step + 1, lr: input.lr };
+        for (name, value) in self.spec.optimizer.plugin.scalars(&request)?.scalars {
+            step.set_f32(&format!("scalar.{name}"), &[value as f32])?;
+        }
+        step.run(&mut self.store, mix(self.spec.seed ^ mix(input.step)))?;
+        let scalar = |name: &str| step.output(&self.store, name).and_then(|v| v.first().copied());
+        let loss = scalar("loss").unwrap_or(f32::NAN);
+        if !loss.is_finite() {
+            return Err(ModelError::NotFinite { step: input.step, what: "the loss" });
+        }
+        if !scalar("finite").unwrap_or(f32::NAN).is_finite() {
+            return Err(ModelError::NotFinite { step: input.step, what: "a gradient" });
+        }
+        let mut metrics: Vec<(String, f32)> =
+            self.metrics.iter().filter_map(|name| Some((name.clone(), scalar(&format!("metric.{name}"))?))).collect();
+        metrics.extend(scalar("grad_norm").map(|norm| ("grad_norm".to_string(), norm)));
+        Ok(StepOutput { loss, metrics })
+    }
+
+    /// Normalised embeddings `[n, embed_dim]` of `n` images `[n, 3, size, size]`, in evaluation mode.
+    pub fn encode_images(&mut self, images: &[f32]) -> Result<Vec<f32>, ModelError> {
+        let each = 3 * self.spec.image_size * self.spec.image_size;
+        check_rows("images", images.len(), each)?;
+        self.prepare(Tower::Image)?;
+        let Some(tower) = &mut self.image else { return Ok(vec![]) };
+        let mut all = Vec::new();
+        let mut block = vec![0.0; EVAL_BATCH * each];
+        for chunk in images.chunks(EVAL_BATCH * each) {
+            block[..chunk.len()].copy_from_slice(chunk);
+            tower.set_f32("images", &block)?;
+            tower.run(&mut self.store, 0)?;
+            let rows = tower.output(&self.store, "features").unwrap_or_default();
+            all.extend_from_slice(&rows[..chunk.len() / each * self.spec.embed_dim]);
+        }
+        Ok(all)
+    }
+
+    /// Normalised embeddings `[n, embed_dim]` of `n` texts, ids and mask `[n, length]`, in evaluation mode.
+    pub fn encode_texts(&mut self, input_ids: &[i32], attention_mask: &[f32]) -> Result<Vec<f32>, ModelError> {
+        let each = self.spec.text_length;
+        check_rows("input_ids", input_ids.len(), each)?;
+        check_rows("attention_mask", attention_mask.len(), each)?;
+        self.prepare(Tower::Text)?;
+        let Some(tower) = &mut self.text else { return Ok(vec![]) };
+        let mut all = Vec::new();
+        let (mut ids, mut mask) = (vec![0; EVAL_BATCH * each], vec![1.0; EVAL_BATCH * each]);
+        for (id_chunk, mask_chunk) in input_ids.chunks(EVAL_BATCH * each).zip(attention_mask.chunks(EVAL_BATCH * each)) {
+            ids[..id_chunk.len()].copy_from_slice(id_chunk);
+            mask[..mask_chunk.len()].copy_from_slice(mask_chunk);
+            tower.set_i32("input_ids", &ids)?;
+            tower.set_f32("attention_mask", &mask)?;
+            tower.run(&mut self.store, 0)?;
+            let rows = tower.output(&self.store, "features").unwrap_or_default();
+            all.extend_from_slice(&rows[..id_chunk.len() / each * self.spec.embed_dim]);
+        }
+        Ok(all)
+    }
+
+    /// Evaluation programs are compiled when they are first needed, and kept.
+    fn prepare(&mut self, tower: Tower) -> Result<(), ModelError> {
+        let ready = match tower {
+            Tower::Image => self.image.is_some(),
+            Tower::Text => self.text.is_some(),
+        };
+        if ready {
+            return Ok(());
+        }
+        let plan = evaluation(&self.spec, &self.params, tower, EVAL_BATCH)?;
+        let executor = Executor::new(plan, self.pool.clone(), &mut self.store)?;
+        match tower {
+            Tower::Image => self.image = Some(executor),
+            Tower::Text => self.text = Some(executor),
+        }
+        Ok(())
+    }
+
+    /// Every persistent tensor, in a fixed order: parameters, states, then the optimizer's moments.
+    pub fn tensors(&self) -> Vec<NamedTensor<'_>> {
+        let mut tensors = Vec::new();
+        self.each_tensor(|name, role, shape, storage, offset| {
+            let elements = shape.iter().product::<usize>();
+            if let Some(data) = self.store.get(storage).and_then(|s| s.get(offset..offset + elements)) {
+                tensors.push(NamedTensor { name, role, shape: shape.to_vec(), data });
+            }
+        });
+        tensors
+    }
+
+    /// Calls `f(name, role, shape, storage, offset)` for every persistent tensor.
+    fn each_tensor(&self, mut f: impl FnMut(String, Role, &[usize], &str, usize)) {
+        for param in &self.params {
+            f(param.name.clone(), Role::Param, &param.shape, &param.storage, param.offset);
+        }
+        for state in &self.states {
+            let role = if state.name.starts_with("optimizer.") { Role::Optimizer } else { Role::State };
+            match &state.group {
+                None => f(state.name.clone(), role, &state.shape, &state.name, 0),
+                // A flat group's moment is shown as each parameter's own.
+                Some(group) => {
+                    let prefix = state.name.strip_suffix(group.as_str()).unwrap_or(&state.name);
+                    for param in self.params.iter().filter(|p| p.storage == *group) {
+                        f(format!("{prefix}{}", param.name), role, &param.shape, &state.name, param.offset);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sets one; an error if the name or the size does not fit.
+    pub fn set_tensor(&mut self, name: &str, data: &[f32]) -> Result<(), ModelError> {
+        let mut found = None;
+        let mut names = Vec::new();
+        self.each_tensor(|known, _, shape, storage, offset| {
+            if known == name {
+                found = Some((shape.iter().product::<usize>(), storage.to_string(), offset));
+            }
+            names.push(known);
+        });
+        let Some((elements, storage, offset)) = found else {
+            let nearest = names.into_iter().min_by_key(|n| distance(n, name));
+            return Err(ModelError::UnknownTensor { name: name.into(), nearest });
+        };
+        if elements != data.len() {
+            let (expected, got) = (format!("{elements} elements"), format!("{}", data.len()));
+            return Err(ModelError::TensorSize { name: name.into(), expected, got });
+        }
+        if let Some(storage) = self.store.get_mut(&storage) {
+            storage[offset..offset + elements].copy_from_slice(data);
+        }
+        Ok(())
+    }
+
+    /// What the compiled step is: for `bench` and logs.
+    pub fn stats(&self) -> Stats {
+        let plan = self.step.plan();
+        Stats {
+            compile_ms: self.compile_ms,
+            params: self.params.iter().map(ParamSlot::elements).sum(),
+            flops: plan.flops,
+            arena_bytes: plan.arena * 4,
+            persistent_bytes: self.store.bytes(),
+            kernels: plan.kernels.len(),
+        }
+    }
+
+    /// Milliseconds that the parts of the last step took.
+    pub fn phases(&self) -> Phases {
+        let [forward, backward, update] = self.step.phases.map(|s| s * 1e3);
+        Phases { forward_ms: forward, backward_ms: backward, update_ms: update }
+    }
+}
+
+fn check_rows(name: &str, len: usize, each: usize) -> Result<(), ModelError> {
+    match len % each.max(1) {
+        0 => Ok(()),
+        _ => Err(ModelError::TensorSize {
+            name: name.into(),
+            expected: format!("a multiple of {each} elements"),
+            got: format!("{len}"),
+        }),
+    }
+}
+
+/// Number of differing characters by position; enough to suggest a name.
+fn distance(a: &str, b: &str) -> usize {
+    let common = a.chars().zip(b.chars()).take_while(|(x, y)| x == y).count();
+    a.len().max(b.len()) - common
+}
+
+/// The forward pass ends with the kernel that writes the loss; the update begins with the first that writes a flat
+/// parameter tensor.
+fn phase_ends(plan: &Plan) -> [usize; 2] {
+    let loss = plan.outputs.iter().find(|(name, _)| name == "loss").map(|(_, o)| o.source);
+    let writes = |kernel: &Kernel, id| kernel.writes().contains(&id);
+    let forward = loss.and_then(|id| plan.kernels.iter().position(|k| writes(k, id))).map_or(0, |i| i + 1);
+    let is_param = |leaf| matches!(plan.nodes[leaf as usize].op, clip_host_plugin_api::ir::Op::Param { .. });
+    let updates_param = |kernel: &Kernel| {
+        kernel.writes().iter().any(|w| match plan.places.get(w).map(|p| p.region) {
+            Some(Region::Leaf(leaf)) => is_param(leaf),
+            _ => false,
+        })
+    };
+    let backward = plan.kernels.iter().position(updates_param).unwrap_or(plan.kernels.len());
+    [forward.min(backward), backward]
+}
