@@ -471,6 +471,7 @@ pub(crate) struct Strided<'a, F: Fn(usize) -> usize + Sync> {
 }
 
 impl<F: Fn(usize) -> usize + Sync> Panels for Strided<'_, F> {
+    // SAFETY: what the caller promises is with the trait.
     unsafe fn pack(
         &self,
         kernels: &MicroKernels,
@@ -508,6 +509,7 @@ impl<F: Fn(usize) -> usize + Sync> Panels for Strided<'_, F> {
         }
     }
 
+    // SAFETY: what the caller promises is with the trait.
     unsafe fn pack_block(
         &self,
         kernels: &MicroKernels,

@@ -433,6 +433,7 @@ impl<'a> Patches<'a> {
 }
 
 impl Panels for Patches<'_> {
+    // SAFETY: what the caller promises is with the trait.
     unsafe fn pack(
         &self,
         kernels: &MicroKernels,
@@ -558,6 +559,7 @@ impl PatchColumns<'_> {
 }
 
 impl Panels for PatchColumns<'_> {
+    // SAFETY: what the caller promises is with the trait.
     unsafe fn pack(
         &self,
         kernels: &MicroKernels,
@@ -573,6 +575,7 @@ impl Panels for PatchColumns<'_> {
         unsafe { self.pack_block(kernels, batch, line, lines, depth, len, dst, width) }
     }
 
+    // SAFETY: what the caller promises is with the trait.
     unsafe fn pack_block(
         &self,
         _: &MicroKernels,
@@ -622,6 +625,7 @@ struct ForwardWeights<'a> {
 }
 
 impl Panels for ForwardWeights<'_> {
+    // SAFETY: what the caller promises is with the trait.
     unsafe fn pack(
         &self,
         _: &MicroKernels,
@@ -661,6 +665,7 @@ struct BackwardWeights<'a> {
 }
 
 impl Panels for BackwardWeights<'_> {
+    // SAFETY: what the caller promises is with the trait.
     unsafe fn pack(
         &self,
         _: &MicroKernels,

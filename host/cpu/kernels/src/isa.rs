@@ -36,10 +36,12 @@ impl Isa {
     /// anything else means no cap). Read once.
     pub fn selected() -> Isa {
         static SELECTED: OnceLock<Isa> = OnceLock::new();
-        *SELECTED.get_or_init(|| {
-            let cap = std::env::var("CLIP_HOST_CPU").ok().and_then(|name| Isa::parse(&name));
-            cap.unwrap_or(Isa::Avx512).min(Isa::detect())
-        })
+        *SELECTED.get_or_init(|| Isa::capped(std::env::var("CLIP_HOST_CPU").ok().as_deref()))
+    }
+
+    fn capped(name: Option<&str>) -> Isa {
+        let detected = Isa::detect();
+        name.and_then(Isa::parse).map_or(detected, |cap| cap.min(detected))
     }
 
     /// The name used by `CLIP_HOST_CPU`.
@@ -104,5 +106,9 @@ mod tests {
         assert_eq!(Isa::parse(" AVX2 "), Some(Isa::Avx2));
         assert_eq!(Isa::parse("sse9"), None);
         assert!(Isa::selected() <= Isa::detect());
+        assert_eq!(Isa::capped(Some("portable")), Isa::Portable);
+        assert_eq!(Isa::capped(Some("avx2")), Isa::Avx2.min(Isa::detect()));
+        assert_eq!(Isa::capped(Some("")), Isa::detect());
+        assert_eq!(Isa::capped(None), Isa::detect());
     }
 }

@@ -173,6 +173,8 @@ mod x86 {
         dispatch!(1 2 3 4 5 6 7 8 9 10 11 12)
     }
 
+    /// # Safety
+    /// See [`MicroKernels::multiply`].
     #[target_feature(enable = "avx512f")]
     // Counted loops over constants, which the compiler unrolls into registers.
     #[allow(clippy::needless_range_loop)]
@@ -255,6 +257,8 @@ mod x86 {
         unsafe { transpose16(lines, len, dst, stride) }
     }
 
+    /// # Safety
+    /// See [`MicroKernels::transpose`].
     #[target_feature(enable = "avx512f")]
     unsafe fn transpose16(lines: &[*const f32], len: usize, dst: *mut f32, stride: usize) {
         let count = lines.len().min(16);
@@ -340,6 +344,8 @@ mod x86 {
         dispatch!(1 2 3 4 5 6)
     }
 
+    /// # Safety
+    /// See [`MicroKernels::multiply`].
     #[target_feature(enable = "avx2,fma")]
     // Counted loops over constants, which the compiler unrolls into registers.
     #[allow(clippy::needless_range_loop)]
