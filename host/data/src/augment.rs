@@ -99,9 +99,8 @@ pub struct ImageTransform {
 impl ImageTransform {
     /// The transform of a configuration, whose ranges the caller has checked.
     pub fn new(config: &DataConfig) -> Self {
-        let levels = std::array::from_fn(|c| {
-            std::array::from_fn(|v| (v as f32 / 255.0 - config.mean[c]) / config.std[c])
-        });
+        let levels =
+            std::array::from_fn(|c| std::array::from_fn(|v| (v as f32 / 255.0 - config.mean[c]) / config.std[c]));
         ImageTransform { size: config.image_size, augment: config.augment, levels }
     }
 
@@ -197,4 +196,70 @@ pub fn random_crop(config: &RandomResizedCrop, rng: &mut Rng, width: usize, heig
     };
     let (w, h) = (w.clamp(1, width), h.clamp(1, height));
     CropBox { top: (height - h) / 2, left: (width - w) / 2, height: h, width: w }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_crops_lie_inside_and_cover_the_ranges() {
+        let config = RandomResizedCrop { scale: (0.2, 0.9), ratio: (0.5, 2.0) };
+        let (width, height) = (300, 200);
+        let mut rng = Rng::new(1);
+        let (mut smallest, mut largest, mut narrowest, mut widest) = (1.0f64, 0.0f64, 9.0f64, 0.0f64);
+        for _ in 0..3000 {
+            let b = random_crop(&config, &mut rng, width, height);
+            assert!(b.left + b.width <= width && b.top + b.height <= height && b.width > 0 && b.height > 0);
+            let area = (b.width * b.height) as f64 / (width * height) as f64;
+            let ratio = b.width as f64 / b.height as f64;
+            assert!((0.19..0.91).contains(&area) && (0.49..2.05).contains(&ratio), "{b:?}");
+            (smallest, largest) = (smallest.min(area), largest.max(area));
+            (narrowest, widest) = (narrowest.min(ratio), widest.max(ratio));
+        }
+        assert!(smallest < 0.22 && largest > 0.86 && narrowest < 0.55 && widest > 1.9);
+    }
+
+    /// No box of the allowed ratio fits: the largest central one is taken.
+    #[test]
+    fn extreme_shapes_fall_back_to_the_centre() {
+        let config = RandomResizedCrop::default();
+        let mut rng = Rng::new(2);
+        let wide = random_crop(&config, &mut rng, 1000, 10);
+        assert_eq!(wide, CropBox { top: 0, left: 493, height: 10, width: 13 });
+        let tall = random_crop(&config, &mut rng, 10, 1000);
+        assert_eq!(tall, CropBox { top: 493, left: 0, height: 13, width: 10 });
+        let dot = random_crop(&config, &mut rng, 1, 1);
+        assert_eq!(dot, CropBox { top: 0, left: 0, height: 1, width: 1 });
+    }
+
+    #[test]
+    fn no_augmentation_is_the_test_transform() {
+        let augment = AugmentConfig { random_resized_crop: None, horizontal_flip: 0.0, rand_augment: None };
+        let transform = ImageTransform::new(&DataConfig { image_size: 9, augment, ..DataConfig::default() });
+        let image = RgbImage { width: 14, height: 5, pixels: (0..210).map(|i| (i * 13) as u8).collect() };
+        let mut scratch = TransformScratch::default();
+        let (mut train, mut test) = (vec![0.0; 243], vec![1.0; 243]);
+        transform.train(&mut Rng::new(3), &image, &mut scratch, &mut train).unwrap();
+        transform.test(&image, &mut scratch, &mut test).unwrap();
+        assert_eq!(train, test);
+    }
+
+    #[test]
+    fn flips_happen_as_often_as_asked_and_never_at_zero() {
+        let image = RgbImage { width: 2, height: 1, pixels: vec![0, 0, 0, 255, 255, 255] };
+        for (probability, range) in [(0.0, 0..=0), (1.0, 1000..=1000), (0.5, 440..=560)] {
+            let augment = AugmentConfig { random_resized_crop: None, horizontal_flip: probability, rand_augment: None };
+            let mut transform = ImageTransform::new(&DataConfig { augment, ..DataConfig::default() });
+            transform.size = 2;
+            let flips = (0..1000).filter(|&i| {
+                let mut out = vec![0.0; 12];
+                let mut rng = Rng::new(crate::rng::key(&[i]));
+                transform.train(&mut rng, &image, &mut TransformScratch::default(), &mut out).unwrap();
+                out[0] > out[1]
+            });
+            let flips = flips.count();
+            assert!(range.contains(&flips), "{probability}: {flips}");
+        }
+    }
 }

@@ -11,7 +11,8 @@ use crate::text::TextConfig;
 
 /// Mean of CLIP's training images, RGB in 0..1 (Radford et al. 2021).
 pub const CLIP_MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
-/// Standard deviation of CLIP's training images, RGB in 0..1 (Radford et al. 2021).
+/// Standard deviation of CLIP's training images, RGB in 0..1 (Radford et al. 2021), with the digits it was published with.
+#[allow(clippy::excessive_precision)]
 pub const CLIP_STD: [f32; 3] = [0.26862954, 0.26130258, 0.27577711];
 
 /// Where samples come from. Relative paths start at the base folder that the caller passes (the recipe's folder).
@@ -161,7 +162,12 @@ impl DataConfig {
             errors.push(setting("workers", "0 to 1024 threads", self.workers, "one a core is enough"));
         }
         if self.queue_batches > 1024 {
-            errors.push(setting("queue_batches", "0 to 1024", self.queue_batches, "2 is enough; more only take memory"));
+            errors.push(setting(
+                "queue_batches",
+                "0 to 1024",
+                self.queue_batches,
+                "2 is enough; more only take memory",
+            ));
         }
         errors.extend(self.text.check_ranges());
         errors

@@ -89,6 +89,10 @@ impl Decoder {
         decoder.decode_into(&mut self.scratch).map_err(bad)?;
         match wanted {
             ColorSpace::Luma => from_grey(&self.scratch, 1, &mut out.pixels),
+            ColorSpace::YCCK => {
+                ycck_to_inverted_cmyk(&mut self.scratch);
+                from_inverted_cmyk(&self.scratch, &mut out.pixels);
+            }
             _ => from_inverted_cmyk(&self.scratch, &mut out.pixels),
         }
         Ok(())
@@ -104,9 +108,10 @@ impl Decoder {
         let limits = png::Limits { bytes: 8 * MAX_PIXELS };
         let mut decoder = png::Decoder::new_with_limits(Cursor::new(file), limits);
         decoder.set_transformations(png::Transformations::EXPAND | png::Transformations::STRIP_16);
-        let mut reader = decoder.read_info().map_err(bad)?;
-        let (width, height) = (reader.info().width as usize, reader.info().height as usize);
+        let (width, height) = decoder.read_header_info().map_err(bad)?.size();
+        let (width, height) = (width as usize, height as usize);
         check_size(width, height)?;
+        let mut reader = decoder.read_info().map_err(bad)?;
         let size = reader.output_buffer_size().unwrap_or(0);
         self.scratch.resize(size, 0);
         let info = reader.next_frame(&mut self.scratch).map_err(bad)?;
@@ -125,6 +130,11 @@ impl Decoder {
     }
 
     fn webp(&mut self, file: &[u8], out: &mut RgbImage) -> Result<(), BadSample> {
+        // RIFF: the four bytes after the name are the length of all that follows them.
+        let length = file.get(4..8).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes) as usize;
+        if file.len() < length.saturating_add(8) {
+            return Err(BadSample::new(SkipCause::TruncatedImage, "the WebP is shorter than its header says"));
+        }
         let bad = |e: image_webp::DecodingError| match e {
             image_webp::DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
                 BadSample::new(SkipCause::TruncatedImage, "the WebP ends too early")
@@ -188,6 +198,17 @@ fn from_grey(grey: &[u8], channels: usize, rgb: &mut [u8]) {
     }
 }
 
+/// YCCK (Adobe's transform 2) to CMYK, in place: the first three channels are YCbCr of what CMY are the negatives of.
+fn ycck_to_inverted_cmyk(pixels: &mut [u8]) {
+    for pixel in pixels.chunks_exact_mut(4) {
+        let [y, cb, cr] = [f32::from(pixel[0]), f32::from(pixel[1]) - 128.0, f32::from(pixel[2]) - 128.0];
+        let rgb = [y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb];
+        for (out, value) in pixel.iter_mut().zip(rgb) {
+            *out = 255 - value.round().clamp(0.0, 255.0) as u8;
+        }
+    }
+}
+
 /// CMYK as Adobe writes it into JPEG (inverted: 255 is no ink) to RGB as Pillow does: each colour times the paper's
 /// white, `255 − (c·k' / 255 + k)` with k' = 255 − k, which in inverted values is `c·k / 255`, rounded.
 fn from_inverted_cmyk(cmyk: &[u8], rgb: &mut [u8]) {
@@ -198,5 +219,81 @@ fn from_inverted_cmyk(cmyk: &[u8], rgb: &mut [u8]) {
             let t = (255 - u32::from(c)) * key + 128;
             *o = (key as i32 - (((t >> 8) + t) >> 8) as i32).clamp(0, 255) as u8;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(file: &[u8]) -> Result<RgbImage, SkipCause> {
+        let mut image = RgbImage::default();
+        Decoder::default().decode(file, &mut image).map(|()| image).map_err(|bad| bad.cause)
+    }
+
+    fn png(color: png::ColorType, depth: png::BitDepth, width: u32, data: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        let mut encoder = png::Encoder::new(&mut out, width, 1);
+        encoder.set_color(color);
+        encoder.set_depth(depth);
+        encoder.write_header().unwrap().write_image_data(data).unwrap();
+        out
+    }
+
+    #[test]
+    fn every_kind_of_png_becomes_rgb() {
+        use png::{BitDepth, ColorType};
+        let pixels = |file: Vec<u8>| decode(&file).unwrap().pixels;
+        assert_eq!(pixels(png(ColorType::Grayscale, BitDepth::One, 2, &[0b0100_0000])), [0, 0, 0, 255, 255, 255]);
+        assert_eq!(pixels(png(ColorType::Grayscale, BitDepth::Sixteen, 1, &[7, 200])), [7, 7, 7]);
+        assert_eq!(pixels(png(ColorType::GrayscaleAlpha, BitDepth::Eight, 1, &[9, 0])), [9, 9, 9]);
+        assert_eq!(pixels(png(ColorType::Rgb, BitDepth::Sixteen, 1, &[1, 99, 2, 99, 3, 99])), [1, 2, 3]);
+        assert_eq!(pixels(png(ColorType::Rgba, BitDepth::Eight, 1, &[1, 2, 3, 0])), [1, 2, 3]);
+    }
+
+    #[test]
+    fn webp_with_and_without_alpha() {
+        let rgba = [1, 2, 3, 255, 40, 50, 60, 0, 70, 80, 90, 128, 5, 5, 5, 5];
+        let mut file = Vec::new();
+        image_webp::WebPEncoder::new(&mut file).encode(&rgba, 2, 2, image_webp::ColorType::Rgba8).unwrap();
+        assert_eq!(decode(&file[..file.len() - 12]).unwrap_err(), SkipCause::TruncatedImage);
+        let image = decode(&file).unwrap();
+        assert_eq!((image.width, image.height), (2, 2));
+        assert_eq!(image.pixels[..3], [1, 2, 3]);
+        let rgb = [1, 2, 3, 4, 5, 6];
+        let mut file = Vec::new();
+        image_webp::WebPEncoder::new(&mut file).encode(&rgb, 1, 2, image_webp::ColorType::Rgb8).unwrap();
+        assert_eq!(decode(&file).unwrap().pixels, rgb);
+    }
+
+    #[test]
+    fn what_is_no_image_is_told_apart() {
+        assert_eq!(decode(b""), Err(SkipCause::TruncatedImage));
+        assert_eq!(decode(b"GIF89a"), Err(SkipCause::UnsupportedImage));
+        assert_eq!(decode(b"\xff\xd8\xff"), Err(SkipCause::TruncatedImage));
+        assert_eq!(decode(b"\xff\xd8\xff\xda\x00\x02\xff\xd9"), Err(SkipCause::CorruptImage));
+    }
+
+    /// A thumbnail's end mark in the header does not make a cut image whole.
+    #[test]
+    fn the_end_mark_is_searched_after_the_header() {
+        let thumbnail = b"\xff\xd8\xff\xe1\x00\x06\x00\xff\xd9\x00\xff\xda\x00\x02\x11\x22";
+        assert!(!jpeg_is_complete(thumbnail));
+        let mut whole = thumbnail.to_vec();
+        whole.extend_from_slice(b"\xff\xd9trailing");
+        assert!(jpeg_is_complete(&whole));
+    }
+
+    /// Full ink of one colour without black, as YCCK: pure cyan is the YCbCr of red (76, 85, 255), negated.
+    #[test]
+    fn ycck_and_cmyk_arithmetic() {
+        let mut pixels = [76, 85, 255, 255];
+        ycck_to_inverted_cmyk(&mut pixels);
+        assert!(pixels[0] <= 1 && pixels[1] >= 254 && pixels[2] >= 254, "{pixels:?}");
+        let mut rgb = [0; 3];
+        from_inverted_cmyk(&[0, 255, 255, 255], &mut rgb);
+        assert_eq!(rgb, [0, 255, 255]);
+        from_inverted_cmyk(&[255, 128, 0, 0], &mut rgb);
+        assert_eq!(rgb, [0, 0, 0]);
     }
 }

@@ -178,7 +178,9 @@ pub enum DataError {
         skipped: String,
     },
     /// A worker thread panicked: a bug in this crate or a decoder. The run ends instead of hanging.
-    #[error("data worker failed at epoch {epoch}, step {step}: {message}\nhint: this is a bug; the samples of that batch show it again")]
+    #[error(
+        "data worker failed at epoch {epoch}, step {step}: {message}\nhint: this is a bug; the samples of that batch show it again"
+    )]
     Worker {
         /// Epoch of the batch.
         epoch: u64,

@@ -16,6 +16,24 @@
 //! Two promises hold throughout. *Determinism*: a batch is a function of (files, configuration, seed, epoch, step);
 //! the number of workers and the step at which a run was resumed leave no trace in it. *Nothing is lost silently*: a
 //! file that cannot be used at all is an error, a sample that cannot be used is skipped, counted by cause and named.
+//!
+//! ```no_run
+//! use clip_host_data::{Data, DataConfig, Position, Source};
+//!
+//! # fn main() -> clip_host_data::Result<()> {
+//! let mut config = DataConfig { train: vec![Source::Tar("train-{00..05}.tar".into())], ..DataConfig::default() };
+//! config.text.vocab = "vocab.txt".into();
+//! let data = Data::open(&config, "recipes".as_ref())?;
+//! // From epoch 3, step 20 on, as if the run had never stopped.
+//! let mut loader = data.train_loader(128, 42, Position { epoch: 3, step: 20 }, Some(30))?;
+//! while let Some(batch) = loader.next_batch()? {
+//!     // ... one training step ...
+//!     loader.recycle(batch);
+//! }
+//! println!("waited {:.1} s for data; skipped: {}", loader.wait_seconds(), loader.skipped());
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod augment;
 pub mod bench;

@@ -122,7 +122,7 @@ pub struct LoaderConfig {
     pub workers: usize,
     /// Batches ahead besides those that workers are at.
     pub queue_batches: usize,
-    /// Decoded images kept in memory.
+    /// Decoded images and token ids kept in memory, of this data set and this tokenizer.
     pub cache: Option<Arc<SampleCache>>,
 }
 

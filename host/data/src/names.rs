@@ -140,7 +140,7 @@ pub fn resolve(pattern: &str, base: &Path) -> Result<Vec<PathBuf>> {
         let path = base.join(&name);
         let file_name = path.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
         let folder = path.parent().unwrap_or(base).to_path_buf();
-        if folder.to_string_lossy().contains(['*', '?']) {
+        if Path::new(&name).parent().is_some_and(|p| p.to_string_lossy().contains(['*', '?'])) {
             return Err(DataError::Pattern {
                 pattern: pattern.into(),
                 problem: "a wildcard stands in a folder's name".into(),

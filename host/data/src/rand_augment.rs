@@ -194,8 +194,11 @@ fn sharpness(image: &mut RgbImage, factor: f32, scratch: &mut Vec<u8>) {
     scratch.clear();
     scratch.extend_from_slice(&image.pixels);
     for y in 1..h - 1 {
-        let (above, here, below) =
-            (&scratch[(y - 1) * stride..y * stride], &scratch[y * stride..(y + 1) * stride], &scratch[(y + 1) * stride..(y + 2) * stride]);
+        let (above, here, below) = (
+            &scratch[(y - 1) * stride..y * stride],
+            &scratch[y * stride..(y + 1) * stride],
+            &scratch[(y + 1) * stride..(y + 2) * stride],
+        );
         let out = &mut image.pixels[y * stride..(y + 1) * stride];
         for i in 3..stride - 3 {
             let column = |k: usize| u32::from(above[k]) + u32::from(here[k]) + u32::from(below[k]);

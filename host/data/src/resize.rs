@@ -240,7 +240,9 @@ mod tests {
     #[test]
     fn every_instruction_set_gives_the_same_pixels() {
         let mut rng = Rng::new(5);
-        for (width, height, out_width, out_height) in [(40, 31, 17, 23), (13, 9, 64, 50), (97, 64, 11, 64), (8, 80, 8, 13)] {
+        for (width, height, out_width, out_height) in
+            [(40, 31, 17, 23), (13, 9, 64, 50), (97, 64, 11, 64), (8, 80, 8, 13)]
+        {
             let pixels = (0..width * height * 3).map(|_| rng.next_u64() as u8).collect();
             let image = RgbImage { width, height, pixels };
             let crop = CropBox::whole(&image);

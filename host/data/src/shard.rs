@@ -128,11 +128,7 @@ impl Shard {
     pub fn caption(&self, sample: usize) -> Result<Cow<'_, str>, BadSample> {
         let s = self.sample(sample)?;
         let bytes = self.slice(s.caption_offset, s.caption_len)?;
-        let caption = if s.caption_is_json {
-            json_caption(bytes).map(Cow::Owned)
-        } else {
-            text_caption(bytes)
-        };
+        let caption = if s.caption_is_json { json_caption(bytes).map(Cow::Owned) } else { text_caption(bytes) };
         caption.ok_or_else(|| BadSample::new(SkipCause::EmptyCaption, "no caption where the index has one"))
     }
 
@@ -213,7 +209,8 @@ pub(crate) fn build_index(path: &Path, tar: &[u8]) -> Result<ShardIndex> {
     let (mut long_name, mut long_size): (Option<String>, Option<u64>) = (None, None);
     let (mut at, mut zero_blocks) = (0u64, 0);
     while at < len {
-        let complete = || members.iter().filter(|m| m.image.is_some() && (m.text.is_some() || m.json.is_some())).count();
+        let complete =
+            || members.iter().filter(|m| m.image.is_some() && (m.text.is_some() || m.json.is_some())).count();
         let header = &tar[at as usize..(at + BLOCK).min(len) as usize];
         if header.iter().all(|&b| b == 0) {
             zero_blocks += 1;
@@ -304,7 +301,7 @@ pub(crate) fn build_index(path: &Path, tar: &[u8]) -> Result<ShardIndex> {
         at = data + size.div_ceil(BLOCK) * BLOCK;
     }
     if zero_blocks < 2 {
-        tracing::warn!(shard = %path.display(), "no end-of-archive mark: the tar may have been cut between two members");
+        skipped.add(SkipCause::NoEndMark, path.display().to_string());
     }
     Ok(collect(members, tar, skipped))
 }
@@ -410,7 +407,9 @@ fn not_tar(path: &Path, start: &[u8]) -> DataError {
         [0x28, 0xb5, 0x2f, 0xfd, ..] => ("zstd data", "decompress it first: compressed tars cannot be memory-mapped"),
         [b'P', b'A', b'R', b'1', ..] => ("a parquet file", "name the .tar files, not the .parquet files beside them"),
         [b'P', b'K', ..] => ("a zip archive", "unpack it and make a tar of its members"),
-        _ if start.len() < BLOCK as usize => ("a file shorter than that", "the download failed; fetch this shard again"),
+        _ if start.len() < BLOCK as usize => {
+            ("a file shorter than that", "the download failed; fetch this shard again")
+        }
         _ if start.trim_ascii_start().starts_with(b"<") => {
             ("a web page", "the server answered with a page, not the shard: check the address and the login")
         }

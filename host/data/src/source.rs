@@ -191,12 +191,14 @@ pub fn csv(file: &Path, images: &Path, image_column: &str, caption_column: &str,
         got,
         hint: hint.into(),
     };
-    let delimiter = u8::try_from(separator).ok().filter(u8::is_ascii).ok_or_else(|| {
-        format("an ASCII separator".into(), format!("{separator:?}"), "use separator: '\\t' or ','")
-    })?;
+    let delimiter = u8::try_from(separator)
+        .ok()
+        .filter(u8::is_ascii)
+        .ok_or_else(|| format("an ASCII separator".into(), format!("{separator:?}"), "use separator: '\\t' or ','"))?;
     let bytes = read(file)?;
     let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(bytes.as_slice());
-    let header = reader.headers().map_err(|e| format("a header line".into(), e.to_string(), "the file must be UTF-8"))?;
+    let header =
+        reader.headers().map_err(|e| format("a header line".into(), e.to_string(), "the file must be UTF-8"))?;
     let header = header.clone();
     let column = |name: &str| {
         header.iter().position(|h| h == name).ok_or_else(|| {

@@ -35,11 +35,13 @@ pub enum SkipCause {
     UnreadableFile,
     /// An index entry that no longer fits the shard: the shard was changed while in use.
     StaleIndex,
+    /// A shard that ends without the end-of-archive mark: it may have been cut between two members.
+    NoEndMark,
 }
 
 impl SkipCause {
     /// Every cause, in the order of the codes of the index cache: append, never reorder.
-    pub const ALL: [SkipCause; 11] = [
+    pub const ALL: [SkipCause; 12] = [
         SkipCause::MissingCaption,
         SkipCause::EmptyCaption,
         SkipCause::MissingImage,
@@ -51,6 +53,7 @@ impl SkipCause {
         SkipCause::ImageTooLarge,
         SkipCause::UnreadableFile,
         SkipCause::StaleIndex,
+        SkipCause::NoEndMark,
     ];
 
     /// The cause's name in reports and metrics.
@@ -67,6 +70,7 @@ impl SkipCause {
             SkipCause::ImageTooLarge => "image_too_large",
             SkipCause::UnreadableFile => "unreadable_file",
             SkipCause::StaleIndex => "stale_index",
+            SkipCause::NoEndMark => "no_end_mark",
         }
     }
 }

@@ -266,3 +266,58 @@ pub fn write_vocab(vocab: &[String], path: &Path) -> Result<()> {
     text.push('\n');
     std::fs::write(path, text).map_err(|e| DataError::io("write", path, &e))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_built_vocabulary_knows_every_word_of_its_captions() {
+        let captions = ["A red-brown dog; a DOG!", "the dog's über ball", "the the the"];
+        let config = TextConfig { vocab: "v.txt".into(), max_length: 16, ..TextConfig::default() };
+        let vocab = build_vocab(captions, &config, 1000, 1);
+        assert_eq!(vocab[..5], SPECIAL_TOKENS);
+        let at = |token: &str| vocab.iter().position(|t| t == token).unwrap();
+        assert!(at("the") < at("dog") && at("dog") < at("ball") && at("ball") < at("brown"), "{vocab:?}");
+        // Accents are stripped as BERT does, so `über` counts as `uber`.
+        assert!(at("u") < at("##u") && at("##u") < at("the") && vocab.contains(&"uber".to_string()));
+        let folder = std::env::temp_dir().join(format!("clip-host-vocab-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        write_vocab(&vocab, &folder.join("v.txt")).unwrap();
+        let tokenizer = CaptionTokenizer::open(&config, &folder).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        let mut ids = [0; 16];
+        // Whole words are one token; a word of known characters is spelled; others are unknown.
+        assert_eq!(tokenizer.encode("The red dogd", &mut ids).unwrap(), 2 + 3 + 1);
+        let want = ["[CLS]", "the", "red", "dog", "##d", "[SEP]", "[PAD]"].map(|t| at(t) as i32);
+        assert_eq!(ids[..7], want);
+        tokenizer.encode("qqq", &mut ids).unwrap();
+        assert_eq!(ids[1], at("[UNK]") as i32);
+        // Rarer words and a bound on the size.
+        assert!(!build_vocab(captions, &config, 1000, 2).contains(&"ball".to_string()));
+        assert_eq!(build_vocab(captions, &config, 7, 1).len(), 7);
+        assert_eq!(vocab, build_vocab(captions, &config, 1000, 1), "the same every time");
+    }
+
+    #[test]
+    fn long_captions_end_with_sep() {
+        let folder = std::env::temp_dir().join(format!("clip-host-long-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let config = TextConfig { vocab: "v.txt".into(), max_length: 5, ..TextConfig::default() };
+        write_vocab(&build_vocab(["a b c d e f"], &config, 100, 1), &folder.join("v.txt")).unwrap();
+        let tokenizer = CaptionTokenizer::open(&config, &folder).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        let mut ids = [0; 5];
+        assert_eq!(tokenizer.encode("a b c d e f", &mut ids).unwrap(), 5);
+        assert_eq!((ids[0], ids[4]), (2, 3));
+        assert_eq!(tokenizer.encode("", &mut ids).unwrap(), 2);
+        assert_eq!(ids, [2, 3, 0, 0, 0]);
+    }
+
+    #[test]
+    fn cleaning_keeps_the_first_words() {
+        assert_eq!(clean_caption("one two  three four", 3), "one two three");
+        assert_eq!(clean_caption("one", 3), "one");
+        assert_eq!(clean_caption("", 3), "");
+    }
+}

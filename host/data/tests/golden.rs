@@ -116,8 +116,18 @@ fn augmentation_operations_are_the_studies() {
             let kind = parts.next().unwrap();
             let magnitude = parts.next().map_or(7.0, |l| l.strip_prefix("level").unwrap().parse().unwrap());
             let suffix = parts.next();
-            let numbers =
-                ["identity", "autocontrast", "equalize", "brightness", "sharpness", "shearx", "sheary", "translatex", "translatey", "rotate"];
+            let numbers = [
+                "identity",
+                "autocontrast",
+                "equalize",
+                "brightness",
+                "sharpness",
+                "shearx",
+                "sheary",
+                "translatex",
+                "translatey",
+                "rotate",
+            ];
             // Colour, contrast, posterize and solarize are not in the studies' list.
             let Some(number) = numbers.iter().position(|n| *n == kind) else { continue };
             if kind == "sharpness" && suffix != Some("clipped") {
@@ -142,8 +152,7 @@ struct Caption {
 
 #[test]
 fn captions_are_cleaned_and_tokenised_as_by_the_studies() {
-    let captions: Vec<Caption> =
-        serde_json::from_slice(&std::fs::read(golden("text/captions.json")).unwrap()).unwrap();
+    let captions: Vec<Caption> = serde_json::from_slice(&std::fs::read(golden("text/captions.json")).unwrap()).unwrap();
     let bytes = std::fs::read(golden("text/bert_ids.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(captions.len(), 60);
