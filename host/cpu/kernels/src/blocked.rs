@@ -289,6 +289,8 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
         let row_tasks = p.m.div_ceil(grid.rows_per_task);
         let col_tasks = grid.cols.len().div_ceil(grid.cols_per_task);
         let padded = grid.cols.len().next_multiple_of(self.kernels.nr);
+        let b_len = if packed.is_some() { 0 } else { self.b_scratch(grid.cols_per_task.min(grid.cols.len())) };
+        pool.reserve_scratch(b_len + self.a_scratch());
         pool.run(grid.batches.len() * row_tasks * col_tasks, &|task, worker| {
             let (batch, tile) = (task / (row_tasks * col_tasks), task % (row_tasks * col_tasks));
             let row = tile / col_tasks * grid.rows_per_task;
@@ -317,6 +319,7 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
         let row_tasks = p.m.div_ceil(8 * ROWS);
         let col_tasks = p.n.div_ceil(COLS);
         let tiles = p.batch * row_tasks * col_tasks;
+        pool.reserve_scratch(self.b_scratch(p.n.min(COLS)) + self.a_scratch());
         pool.run(tiles * chunks, &|task, worker| {
             let (part, tile) = (task / tiles, task % tiles);
             let (batch, tile) = (tile / (row_tasks * col_tasks), tile % (row_tasks * col_tasks));
@@ -353,6 +356,16 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
         });
     }
 
+    /// Scratch for a packed block of B, a whole number of cache lines.
+    fn b_scratch(&self, cols: usize) -> usize {
+        (self.depth * cols.next_multiple_of(self.kernels.nr) + SLACK).next_multiple_of(16)
+    }
+
+    /// Scratch for a packed panel of A.
+    fn a_scratch(&self) -> usize {
+        self.depth * self.kernels.mr + SLACK
+    }
+
     /// One task: a rectangle of C over a range of the depth that starts at a block's limit.
     ///
     /// # Safety
@@ -372,9 +385,8 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
     ) {
         let MicroKernels { mr, nr, .. } = *self.kernels;
         let cols = block.cols.len();
-        let b_len = if packed.is_some() { 0 } else { self.depth * cols.next_multiple_of(nr) + SLACK };
-        let b_len = b_len.next_multiple_of(16);
-        let mut scratch = pool.scratch(worker, b_len + self.depth * mr + SLACK);
+        let b_len = if packed.is_some() { 0 } else { self.b_scratch(cols) };
+        let mut scratch = pool.scratch(worker, b_len + self.a_scratch());
         let (b_block, a_panel) = scratch.split_at_mut(b_len);
         let a_panel = a_panel.as_mut_ptr();
         let bias = bias.map(|bias| &bias[block.batch * self.problem.bias_stride..]);

@@ -154,6 +154,7 @@ pub fn max_pool2d_backward(
     let grad = SharedMut::new(input_grad);
     // Windows of an image overlap; bands of input rows do not. A band looks at all windows that reach into it.
     let bands = s.in_h.div_ceil(BAND);
+    pool.reserve_scratch(2 * c);
     pool.run(s.batch * bands, &|task, worker| {
         let (image, top) = (task / bands, task % bands * BAND);
         let rows = s.in_h.min(top + BAND) - top;

@@ -272,6 +272,16 @@ impl ThreadPool {
         self.slot(worker % self.threads(), len)
     }
 
+    /// Grows every worker's scratch buffer to `len` floats now, so that it does not depend on who gets which task
+    /// when they grow. A buffer in use is left as it is.
+    pub fn reserve_scratch(&self, len: usize) {
+        for buffer in &self.scratch[..self.threads()] {
+            if let Ok(mut buffer) = buffer.try_lock() {
+                buffer.grow(len);
+            }
+        }
+    }
+
     /// A scratch buffer for a whole call, taken by the caller and read or written by its tasks.
     pub(crate) fn shared_scratch(&self, slot: usize, len: usize) -> Scratch<'_> {
         debug_assert!(slot < SHARED_SCRATCH);
