@@ -30,11 +30,22 @@ pub fn registry(recipe: &Recipe) -> Registry {
     Registry::scan(&recipe.plugins.path)
 }
 
-/// The last line `hint: …` of a message, apart from the rest.
+/// The hint at the end of a message, apart from the rest: a last line `hint: …`, or a last `(hint: …)`.
 pub fn split_hint(text: &str) -> (String, Option<String>) {
-    match text.rsplit_once("\nhint: ") {
+    if let Some((message, hint)) = text.rsplit_once("\nhint: ") {
+        return (message.into(), Some(hint.into()));
+    }
+    match text.strip_suffix(')').and_then(|text| text.rsplit_once(" (hint: ")) {
         Some((message, hint)) => (message.into(), Some(hint.into())),
         None => (text.into(), None),
+    }
+}
+
+/// A message with its hint on a line of its own, however it came.
+pub fn with_hint_line(text: &str) -> String {
+    match split_hint(text) {
+        (message, Some(hint)) => format!("{message}\nhint: {hint}"),
+        (message, None) => message,
     }
 }
 
@@ -130,9 +141,8 @@ fn choose(
     choice: &PluginChoice,
 ) -> Result<Part, Vec<RecipeError>> {
     use clip_host_recipe::Part as RecipePart;
-    let plugin: Arc<Plugin> = registry
-        .choose(kind, &choice.plugin, choice.path.as_deref(), choice.sha256.as_deref())
-        .map_err(|error| {
+    let plugin: Arc<Plugin> =
+        registry.choose(kind, &choice.plugin, choice.path.as_deref(), choice.sha256.as_deref()).map_err(|error| {
             if let Some(details) = error.details() {
                 tracing::debug!("{details}");
             }
@@ -142,11 +152,12 @@ fn choose(
     let config = plugin.complete(&choice.config).map_err(|errors| {
         let placed = errors.into_iter().map(|error| {
             let path = format!("{section}.config.{}", error.path);
-            let part = match error.part {
-                clip_host_plugins::Part::Key => RecipePart::Key,
-                clip_host_plugins::Part::Value => RecipePart::Value,
-            };
-            recipe.error_at(path.trim_end_matches('.'), part, format!("{}: {}", error.plugin, error.message), error.hint)
+            recipe.error_at(
+                path.trim_end_matches('.'),
+                error.part,
+                format!("{}: {}", error.plugin, error.message),
+                error.hint,
+            )
         });
         placed.collect::<Vec<_>>()
     })?;
@@ -181,6 +192,8 @@ mod tests {
     fn the_hint_is_the_last_line() {
         assert_eq!(split_hint("a\nb\nhint: c"), ("a\nb".into(), Some("c".into())));
         assert_eq!(split_hint("a\nhint: b\nhint: c"), ("a\nhint: b".into(), Some("c".into())));
+        assert_eq!(split_hint("a (hint: b (c))"), ("a".into(), Some("b (c)".into())));
         assert_eq!(split_hint("a"), ("a".into(), None));
+        assert_eq!(with_hint_line("a (hint: b)"), "a\nhint: b");
     }
 }

@@ -170,11 +170,8 @@ pub fn save(folder: &Path, state: &State, tensors: &[NamedTensor<'_>]) -> Result
     for tensor in &sorted {
         checksum.add(&tensor.name, &tensor.shape, &little_endian(tensor.data));
     }
-    let metadata = BTreeMap::from([
-        (FORMAT_KEY, FORMAT.to_string()),
-        (STATE_KEY, state_text),
-        (CRC_KEY, checksum.finish()),
-    ]);
+    let metadata =
+        BTreeMap::from([(FORMAT_KEY, FORMAT.to_string()), (STATE_KEY, state_text), (CRC_KEY, checksum.finish())]);
 
     let header = header(&metadata, &sorted).map_err(|e| bug(&e))?;
     atomic::write(&path, |file| {
@@ -289,7 +286,8 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
     let damaged = |problem: String| TrainError::Checkpoint {
         path: path.to_path_buf(),
         problem,
-        hint: "the file is damaged or incomplete; restore it, or resume from an earlier checkpoint by removing it".into(),
+        hint: "the file is damaged or incomplete; restore it, or resume from an earlier checkpoint by removing it"
+            .into(),
     };
     let bytes = fs::read(path).map_err(io_error("read", path))?;
     let (_, metadata) = SafeTensors::read_metadata(&bytes)
@@ -416,7 +414,8 @@ mod tests {
         save(&dir, &state(1), &tensors(1.0)).unwrap();
         let newest = save(&dir, &state(2), &tensors(2.0)).unwrap();
         let whole = fs::read(&newest).unwrap();
-        let mut damages = vec![Vec::new(), whole[..5].to_vec(), whole[..whole.len() - 1].to_vec(), vec![0; whole.len()]];
+        let mut damages =
+            vec![Vec::new(), whole[..5].to_vec(), whole[..whole.len() - 1].to_vec(), vec![0; whole.len()]];
         // One bit in every part of the file: length, header, state, tensors.
         for at in (0..whole.len()).step_by(13).chain([whole.len() - 1]) {
             let mut bytes = whole.clone();

@@ -118,7 +118,9 @@ fn hint(error: &io::Error) -> &'static str {
             "check the folder's permissions, or choose another --out"
         }
         io::ErrorKind::NotFound => "check the path; parts of a run folder must not be moved while it is in use",
-        io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory => "a file is where a folder should be, or the other way round",
+        io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory => {
+            "a file is where a folder should be, or the other way round"
+        }
         _ => "check that the folder is on a mounted, writable disk",
     }
 }

@@ -42,7 +42,7 @@ impl Encode for Session {
 }
 
 fn model_error(error: ModelError) -> TrainError {
-    TrainError::Model(error.to_string())
+    TrainError::Model(crate::assemble::with_hint_line(&error.to_string()))
 }
 
 /// Encodes all held-out images and captions and ranks each against all of the other kind. Memory beyond a batch is the

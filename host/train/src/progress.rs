@@ -169,7 +169,8 @@ mod tests {
             data_wait: 0.0123,
             eta: 185.0,
         };
-        let expected = "epoch 2/30  step 40/900  loss 3.1416  lr 2.00e-4  412.3 samples/s  data wait 12.3 ms  ETA 3m05s";
+        let expected =
+            "epoch 2/30  step 40/900  loss 3.1416  lr 2.00e-4  412.3 samples/s  data wait 12.3 ms  ETA 3m05s";
         assert_eq!(step.to_string(), expected);
     }
 }

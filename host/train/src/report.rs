@@ -80,8 +80,7 @@ fn page(name: &str, curves: &BTreeMap<String, Curve>) -> String {
 fn chart(html: &mut String, title: &str, curves: &[(&String, &Curve)]) {
     let all = || curves.iter().flat_map(|(_, curve)| curve.iter());
     let range = |pick: fn(&(f64, f64)) -> f64| {
-        let (low, high) =
-            all().map(pick).fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
+        let (low, high) = all().map(pick).fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
         if high > low { (low, high) } else { (low - 0.5, high + 0.5) }
     };
     let (x, y) = (range(|point| point.0), range(|point| point.1));
@@ -114,12 +113,15 @@ fn chart(html: &mut String, title: &str, curves: &[(&String, &Curve)]) {
         let colour = COLOURS[i % COLOURS.len()];
         let points: Vec<String> = curve.iter().map(|(s, v)| format!("{:.1},{:.1}", px(*s), py(*v))).collect();
         let points = points.join(" ");
-        let _ = writeln!(html, "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\" points=\"{points}\"/>");
+        let _ =
+            writeln!(html, "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\" points=\"{points}\"/>");
         if let [(step, value)] = curve.as_slice() {
-            let _ = writeln!(html, "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\" fill=\"{colour}\"/>", px(*step), py(*value));
+            let _ =
+                writeln!(html, "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\" fill=\"{colour}\"/>", px(*step), py(*value));
         }
         let across = MARGIN + 98.0 * i as f64;
-        let short = name.rsplit('/').next().unwrap_or(name).replace("image_to_text", "i2t").replace("text_to_image", "t2i");
+        let short =
+            name.rsplit('/').next().unwrap_or(name).replace("image_to_text", "i2t").replace("text_to_image", "t2i");
         let _ = writeln!(
             html,
             "<text x=\"{across}\" y=\"{}\" font-size=\"11\" fill=\"{colour}\">{}</text>",

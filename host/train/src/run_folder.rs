@@ -70,8 +70,9 @@ impl RunFolder {
         Ok(folder)
     }
 
-    /// Opens the folder of a run that goes on. `recipe` is a resolved recipe for a folder whose run was killed before it
-    /// had written its own: then the run starts from the beginning there.
+    /// Opens the folder of a run that goes on. `recipe` is a resolved recipe for a run that was killed before it had
+    /// written its own, or its folder: then the run starts from the beginning there, so that a job script may always say
+    /// `run RECIPE --resume DIR`.
     ///
     /// # Errors
     /// [`TrainError::NoRun`] if there is none, [`TrainError::Locked`] if another process is at it.
@@ -81,6 +82,9 @@ impl RunFolder {
             problem: problem.into(),
             hint: hint.into(),
         };
+        if recipe.is_some() && !path.exists() {
+            fs::create_dir_all(path).map_err(io_error("create", path))?;
+        }
         if !path.is_dir() {
             return Err(no_run("it is no folder", "--resume takes the run folder that an earlier `run` named"));
         }
@@ -266,18 +270,18 @@ mod tests {
         let error = RunFolder::create(Some(&out), Path::new("r.ron"), "()").unwrap_err().to_string();
         assert!(error.contains("recipe.ron") && error.contains("--resume"), "{error}");
         fs::write(dir.join("notes"), "mine").unwrap();
-        assert!(matches!(
-            RunFolder::create(Some(&dir), Path::new("r.ron"), "()"),
-            Err(TrainError::FolderInUse { .. })
-        ));
+        assert!(matches!(RunFolder::create(Some(&dir), Path::new("r.ron"), "()"), Err(TrainError::FolderInUse { .. })));
         fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
     fn resume_wants_a_run() {
         let dir = folder("resume");
-        let missing = RunFolder::resume(&dir.join("none"), Some("()")).unwrap_err();
+        let missing = RunFolder::resume(&dir.join("none"), None).unwrap_err();
         assert!(matches!(missing, TrainError::NoRun { .. }), "{missing}");
+        drop(RunFolder::resume(&dir.join("new"), Some("()")).unwrap());
+        assert_eq!(fs::read_to_string(dir.join("new/recipe.ron")).unwrap(), "()");
+        fs::remove_dir_all(dir.join("new")).unwrap();
         let empty = RunFolder::resume(&dir, None).unwrap_err();
         assert!(empty.to_string().contains("recipe.ron"), "{empty}");
         // Killed before anything was written: the recipe makes it a run.

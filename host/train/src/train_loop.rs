@@ -1,6 +1,6 @@
 //! The training loop. [`train`] reads as a table of contents; each of its lines is a method below.
 
-use crate::assemble::{Plugins, plugin_error, split_hint};
+use crate::assemble::{Plugins, plugin_error, split_hint, with_hint_line};
 use crate::checkpoint::{self, Best, Checkpoint, DataShape, Evaluation, State};
 use crate::error::{Result, TrainError};
 use crate::evaluate::evaluate;
@@ -9,7 +9,7 @@ use crate::progress::{self, Progress};
 use crate::report;
 use crate::run_folder::RunFolder;
 use clip_host_data::{Batch, Data, DataError, Loader, Position};
-use clip_host_model::{Session, StepInput};
+use clip_host_model::{ModelError, Session, StepInput};
 use clip_host_plugin_api::scheduler;
 use clip_host_recipe::Recipe;
 use serde::Serialize;
@@ -27,6 +27,11 @@ impl Interrupt {
     /// Asks the run to stop. True if it had been asked before.
     pub fn request(&self) -> bool {
         self.0.swap(true, Ordering::SeqCst)
+    }
+
+    /// The flag itself, for a signal handler to raise.
+    pub fn flag(&self) -> Arc<AtomicBool> {
+        self.0.clone()
     }
 
     /// Whether it has been asked.
@@ -130,13 +135,19 @@ impl<'p> Run<'p> {
         for (old, new) in job.folder.record_plugins(&job.plugins.records())? {
             tracing::warn!(
                 "{} was {} {} ({:.12}…) when this run began, now it is {} {} ({:.12}…): the numbers may differ",
-                new.role, old.id, old.version, old.sha256, new.id, new.version, new.sha256
+                new.role,
+                old.id,
+                old.version,
+                old.sha256,
+                new.id,
+                new.version,
+                new.sha256
             );
         }
         let (data, train) = (&job.data, &job.recipe.train);
         let dataset_size = data.train.num_images().max(data.train.num_texts());
         let spec = job.plugins.model(&job.recipe, &data.config, dataset_size);
-        let mut session = Session::new(spec).map_err(|e| TrainError::Model(e.to_string()))?;
+        let mut session = Session::new(spec).map_err(|e| TrainError::Model(with_hint_line(&e.to_string())))?;
         let compile_ms = session.stats().compile_ms;
 
         let found = checkpoint::load_newest(&job.folder.checkpoints(), true)?;
@@ -175,7 +186,8 @@ impl<'p> Run<'p> {
         if let Some(found) = &found {
             progress.line(&format!("resumed at step {} from {}", state.step, found.path.display()));
         }
-        let clock = Clock { started, compile_ms, window: Default::default(), total: Default::default(), step_seconds: None };
+        let clock =
+            Clock { started, compile_ms, window: Default::default(), total: Default::default(), step_seconds: None };
         let saved = found.map(|found| (found.state.step, found.path));
         let (last_loss, last_lr) = (f64::NAN, f64::NAN);
         Ok(Run { job, session, loader, metrics, progress, state, last_step, saved, clock, last_loss, last_lr })
@@ -211,9 +223,12 @@ impl<'p> Run<'p> {
             step: self.state.step,
             lr,
         };
-        let output = self.session.train_step(&input).map_err(|error| self.step_error(&error.to_string()))?;
+        let output = self.session.train_step(&input).map_err(|error| match error {
+            ModelError::NotFinite { what, .. } => self.step_error(&format!("{what} is not finite")),
+            error => self.step_error(&error.to_string()),
+        })?;
         if !output.loss.is_finite() {
-            return Err(self.step_error(&format!("expected a finite loss, got {}", output.loss)));
+            return Err(self.step_error(&format!("the loss is not finite, it is {}", output.loss)));
         }
         self.loader.recycle(batch);
 
@@ -261,7 +276,8 @@ impl<'p> Run<'p> {
     /// A step's failure, with the way back.
     fn step_error(&self, problem: &str) -> TrainError {
         let (problem, hint) = split_hint(problem);
-        let hint = hint.unwrap_or_else(|| "lower `optimizer.lr`, warm up longer, or set `optimizer.clip_grad_norm`".into());
+        let hint =
+            hint.unwrap_or_else(|| "lower `optimizer.lr`, warm up longer, or set `optimizer.clip_grad_norm`".into());
         let back = match &self.saved {
             Some((step, path)) => format!("the last good checkpoint is of step {step}: {}", path.display()),
             None => "there is no checkpoint yet".into(),
@@ -367,7 +383,9 @@ impl<'p> Run<'p> {
     fn checkpoint_if_steps_are_due(&mut self) -> Result<()> {
         match self.job.checkpoint_every_steps {
             // The end of an epoch has its own, with the evaluation in it.
-            Some(every) if self.state.step.is_multiple_of(every.max(1)) && !self.epoch_is_complete() => self.checkpoint(),
+            Some(every) if self.state.step.is_multiple_of(every.max(1)) && !self.epoch_is_complete() => {
+                self.checkpoint()
+            }
             _ => Ok(()),
         }
     }
@@ -388,7 +406,9 @@ impl<'p> Run<'p> {
 
     /// The end after an interrupt: everything is on the disk, and the user knows how to go on.
     fn stop(mut self) -> Result<Summary> {
-        self.checkpoint()?;
+        if self.saved.as_ref().is_none_or(|(step, _)| *step != self.state.step) {
+            self.checkpoint()?;
+        }
         Ok(self.summary(true))
     }
 
@@ -416,7 +436,11 @@ impl<'p> Run<'p> {
             seconds: self.clock.started.elapsed().as_secs_f64(),
             steps: self.state.step,
             epochs: self.state.epoch,
-            samples_per_second: if seconds > 0.0 { steps as f64 * self.state.data.batch_size as f64 / seconds } else { 0.0 },
+            samples_per_second: if seconds > 0.0 {
+                steps as f64 * self.state.data.batch_size as f64 / seconds
+            } else {
+                0.0
+            },
             metrics,
             compile_ms: self.clock.compile_ms,
             data_wait_seconds: waited,
@@ -448,7 +472,9 @@ pub fn restore(session: &mut Session, found: &Checkpoint, data: DataShape) -> Re
     found.tensors(|name, shape, data| {
         match wanted.remove(name) {
             Some(expected) if expected == shape => {}
-            Some(expected) => return Err(other(format!("tensor `{name}`: expected shape {expected:?}, got {shape:?}"))),
+            Some(expected) => {
+                return Err(other(format!("tensor `{name}`: expected shape {expected:?}, got {shape:?}")));
+            }
             None => return Err(other(format!("tensor `{name}` is not one of the model's"))),
         }
         session.set_tensor(name, data).map_err(|error| other(error.to_string()))

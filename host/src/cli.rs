@@ -1,0 +1,302 @@
+//! Subcommands and flags.
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Trains CLIP-style image-text models: recipes say what, plugins say how.
+#[derive(Debug, Parser)]
+#[command(name = "clip-host", version, max_term_width = 100, arg_required_else_help = true)]
+pub struct Cli {
+    /// Log more: once for debug, twice for trace.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Log errors only.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train what a recipe says, into a run folder.
+    Run(RunArgs),
+    /// Find everything that can be known wrong with a recipe before training.
+    Check(CheckArgs),
+    /// Evaluate a run's checkpoint: retrieval over the held-out pairs.
+    Eval(EvalArgs),
+    /// List, inspect and check plugins.
+    #[command(subcommand)]
+    Plugins(PluginsCommand),
+    /// Run one plugin on given tensors and write what it computes: parity with code elsewhere.
+    Replay(ReplayArgs),
+    /// Make or index data.
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Measure speed.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+/// Overrides of a recipe.
+#[derive(Debug, Clone, Default, Args)]
+pub struct SetArgs {
+    /// Override a setting, for instance `--set optimizer.lr=1e-3`; may be repeated.
+    #[arg(long = "set", value_name = "PATH.TO.KEY=VALUE")]
+    pub sets: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The recipe. May be left out with --resume.
+    #[arg(required_unless_present = "resume")]
+    pub recipe: Option<PathBuf>,
+    #[command(flatten)]
+    pub set: SetArgs,
+    /// Folder for the run, new or empty [default: runs/<recipe>-<date and time>].
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    pub out: Option<PathBuf>,
+    /// Continue the run in this folder, exactly where its newest checkpoint stands.
+    #[arg(long, value_name = "DIR")]
+    pub resume: Option<PathBuf>,
+    /// Same as `--set train.epochs=N`.
+    #[arg(long, value_name = "N")]
+    pub epochs: Option<u64>,
+    /// End after this many steps; the schedule stays that of all epochs. Same as `--set train.steps=N`.
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Write a checkpoint every this many steps too, not only at the ends of epochs.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub checkpoint_every_steps: Option<u64>,
+    /// Print one JSON object on stdout; progress goes to stderr.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The recipe.
+    pub recipe: PathBuf,
+    #[command(flatten)]
+    pub set: SetArgs,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// The run folder.
+    #[arg(value_name = "DIR")]
+    pub run: PathBuf,
+    /// Held-out data instead of the recipe's `data.val`: tars (`"val-{00..03}.tar"`) or a source as recipes write it
+    /// (`'JsonList(file: "coco_val.json", images: "coco")'`); may be repeated.
+    #[arg(long, value_name = "SOURCE")]
+    pub data: Vec<String>,
+    /// Which checkpoint: `newest`, `best`, or a file.
+    #[arg(long, value_name = "WHICH", default_value = "newest")]
+    pub checkpoint: String,
+    #[command(flatten)]
+    pub set: SetArgs,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PluginsCommand {
+    /// All plugins on the search path.
+    List(PluginsListArgs),
+    /// What a plugin says of itself, and its settings.
+    Inspect(InspectArgs),
+    /// Check a plugin library before it is used.
+    Check(PluginsCheckArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PluginsListArgs {
+    /// More libraries, or folders of them, to search.
+    #[arg(long, value_name = "PATH")]
+    pub path: Vec<PathBuf>,
+    /// Print a JSON list on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The plugin's id, as recipes name it.
+    pub id: String,
+    /// More libraries, or folders of them, to search.
+    #[arg(long, value_name = "PATH")]
+    pub path: Vec<PathBuf>,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PluginsCheckArgs {
+    /// The library file.
+    pub file: PathBuf,
+    /// Seconds after which the plugin is taken to hang.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub timeout: u64,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+    /// Run the checks in this process: what the parent process starts.
+    #[arg(long, hide = true)]
+    pub in_process: bool,
+}
+
+/// Kinds of plugin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum KindArg {
+    Loss,
+    Optimizer,
+    Encoder,
+    Scheduler,
+}
+
+/// Names in the files, all of them stacked over steps where there are steps:
+///
+/// loss: image_features text_features [image_ids text_ids epoch] in; loss grad_image_features grad_text_features state.* out.
+/// optimizer: param_init.* grad.* lr in; param_after.* state.* out.
+/// encoder: param.* input.* cotangent.* in; eval.* train.* (outputs, gradients, running statistics) out.
+/// scheduler: index in; lr out.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub struct ReplayArgs {
+    /// Kind of the plugin.
+    pub kind: KindArg,
+    /// Its id.
+    pub id: String,
+    /// Its settings, as recipes write them: '(gamma: 0.8)'.
+    #[arg(long, value_name = "RON", default_value = "()")]
+    pub config: String,
+    /// Tensors to read, a safetensors file.
+    #[arg(long = "in", value_name = "FILE")]
+    pub input: PathBuf,
+    /// Tensors to write, a safetensors file; replaced if it exists.
+    #[arg(long = "out", value_name = "FILE")]
+    pub output: PathBuf,
+    /// More libraries, or folders of them, to search.
+    #[arg(long, value_name = "PATH")]
+    pub path: Vec<PathBuf>,
+    /// Optimizers: weight decay of all parameters but those with one dimension and biases.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub weight_decay: f64,
+    /// Schedulers: the base learning rate.
+    #[arg(long, value_name = "X", default_value_t = 1e-3)]
+    pub lr: f64,
+    /// Schedulers: epochs of the run.
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    pub epochs: u64,
+    /// Schedulers: steps of the run [default: as many as epochs].
+    #[arg(long, value_name = "N")]
+    pub total_steps: Option<u64>,
+    /// Schedulers: the metric that a schedule may look at.
+    #[arg(long, value_name = "X")]
+    pub metric: Option<f64>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Make image-text pairs: pictures of a few objects, captioned in English.
+    Synth(SynthArgs),
+    /// Index shards ahead of a run, and say what is in them.
+    Index(IndexArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct SynthArgs {
+    /// Folder to write to.
+    #[arg(long, value_name = "DIR", default_value = "data/sample")]
+    pub out: PathBuf,
+    /// Everything random follows from it.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Training pairs.
+    #[arg(long, value_name = "N", default_value_t = 5_000)]
+    pub train: usize,
+    /// Held-out pairs.
+    #[arg(long, value_name = "N", default_value_t = 500)]
+    pub val: usize,
+    /// Pairs per tar.
+    #[arg(long, value_name = "N", default_value_t = 1_000)]
+    pub shard_size: usize,
+    /// Side of the pictures in pixels, 32 to 1024.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub image_size: usize,
+    /// JPEG quality, 1 to 100.
+    #[arg(long, value_name = "N", default_value_t = 66)]
+    pub quality: u8,
+    /// How hard the pictures are to tell apart: easy, standard or hard.
+    #[arg(long, value_name = "LEVEL", default_value = "standard")]
+    pub difficulty: clip_host_data_synth::Difficulty,
+    /// Also write a `.json` member for each pair, as img2dataset does. (Not the output format.)
+    #[arg(long)]
+    pub json: bool,
+    /// Replace the shards of an earlier run.
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct IndexArgs {
+    /// Shards; braces and `*` are expanded.
+    #[arg(required = true, value_name = "SHARD")]
+    pub shards: Vec<String>,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Training steps: samples a second and where the time goes.
+    Step(BenchStepArgs),
+    /// The data pipeline alone: images a second.
+    Data(BenchDataArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchStepArgs {
+    /// The recipe.
+    pub recipe: PathBuf,
+    #[command(flatten)]
+    pub set: SetArgs,
+    /// Steps to measure; two more come before as warm-up.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    pub steps: u64,
+    /// Same as `--set train.batch_size=N`.
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Same as `--set data.image_size=N`.
+    #[arg(long, value_name = "N")]
+    pub image_size: Option<usize>,
+    /// Random images and token ids, so that no data is needed.
+    #[arg(long)]
+    pub synthetic: bool,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchDataArgs {
+    /// The recipe.
+    pub recipe: PathBuf,
+    #[command(flatten)]
+    pub set: SetArgs,
+    /// Worker threads instead of the recipe's.
+    #[arg(long, value_name = "N")]
+    pub workers: Option<usize>,
+    /// How long to measure.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
+    pub seconds: f64,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,233 @@
+//! `clip-host bench`: how fast steps and data are.
+
+use crate::cli::{BenchDataArgs, BenchStepArgs};
+use crate::error::CliError;
+use crate::{output, prepare};
+use clip_host_data::{Batch, Data, DataConfig, DataError, Loader, Position};
+use clip_host_model::{Session, StepInput};
+use serde_json::{Value, json};
+use std::time::Instant;
+
+/// Steps before the measured ones: memory is touched and caches are filled.
+const WARM_UP: u64 = 2;
+const PHASES_NOTE: &str =
+    "phases are fused where that is faster: a kernel that spans two counts in the one it begins in";
+
+pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
+    let flags = [
+        ("train.batch_size", args.batch.map(|n| n.to_string())),
+        ("data.image_size", args.image_size.map(|n| n.to_string())),
+    ];
+    let (recipe, config) = prepare::recipe(&args.recipe, &prepare::sets(&args.set, &flags))?;
+    let plugins = prepare::plugins(&recipe)?;
+    let batch = recipe.train.batch_size;
+    let (mut source, dataset_size) = match args.synthetic {
+        // Tables of a small data set: their length does not change the time of a step.
+        true => (Source::synthetic(&config, batch, plugins.vocab_size().unwrap_or(30_522)), batch * 16),
+        false => {
+            let data = Data::open(&config, &prepare::base()?)?;
+            let loader = data.train_loader(batch, recipe.seed, Position::default(), None)?;
+            (Source::Loader(Box::new(loader)), data.train.num_images().max(data.train.num_texts()))
+        }
+    };
+    let mut session = Session::new(plugins.model(&recipe, &config, dataset_size))?;
+
+    let mut times = Times::default();
+    for step in 0..WARM_UP + args.steps {
+        let begun = Instant::now();
+        let input = source.next(step)?;
+        let data_ms = milliseconds(begun);
+        let output = session.train_step(&StepInput {
+            images: &input.images,
+            input_ids: &input.input_ids,
+            attention_mask: &input.attention_mask,
+            image_ids: &input.sample_ids,
+            text_ids: &input.text_ids,
+            epoch: input.epoch,
+            step,
+            lr: recipe.optimizer.lr,
+        })?;
+        tracing::debug!(step, loss = output.loss, "measured step");
+        source.recycle(input);
+        if step >= WARM_UP {
+            let phases = session.phases();
+            times.step.push(milliseconds(begun));
+            times.data.push(data_ms);
+            times.forward.push(phases.forward_ms);
+            times.backward.push(phases.backward_ms);
+            times.update.push(phases.update_ms);
+        }
+    }
+
+    let stats = session.stats();
+    let step_ms = median(&mut times.step);
+    let result = json!({
+        "samples_per_second": batch as f64 * 1e3 / step_ms,
+        "step_ms": step_ms,
+        "phases_ms": {
+            "data": median(&mut times.data),
+            "forward": median(&mut times.forward),
+            "backward": median(&mut times.backward),
+            "update": median(&mut times.update),
+        },
+        "phases_note": PHASES_NOTE,
+        "compile_ms": stats.compile_ms,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "gflops": stats.flops / (step_ms * 1e6),
+        "gflop_per_step": stats.flops / 1e9,
+        "batch": batch,
+        "image_size": config.image_size,
+        "steps": args.steps,
+        "synthetic": args.synthetic,
+        "params": stats.params,
+        "kernels": stats.kernels,
+        "arena_bytes": stats.arena_bytes,
+        "persistent_bytes": stats.persistent_bytes,
+    });
+    print_result(&result, args.json)
+}
+
+pub fn data(args: &BenchDataArgs) -> Result<(), CliError> {
+    let (recipe, config) = prepare::recipe(&args.recipe, &args.set.sets)?;
+    let data = Data::open(&config, &prepare::base()?)?;
+    let workers = args.workers.unwrap_or(config.workers);
+    let found = clip_host_data::bench::images_per_second(&data, recipe.train.batch_size, workers, args.seconds)?;
+    let value = serde_json::to_value(&found).unwrap_or_default();
+    print_result(&value, args.json)
+}
+
+fn print_result(result: &Value, json: bool) -> Result<(), CliError> {
+    if json {
+        return output::json(result);
+    }
+    let Value::Object(entries) = result else { return output::json(result) };
+    for (name, value) in entries {
+        let text = match value {
+            Value::Number(n) if n.is_f64() => format!("{:.3}", n.as_f64().unwrap_or_default()),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        output::line(&format!("{name:20} {text}"))?;
+    }
+    Ok(())
+}
+
+/// Milliseconds of each measured step.
+#[derive(Default)]
+struct Times {
+    step: Vec<f64>,
+    data: Vec<f64>,
+    forward: Vec<f64>,
+    backward: Vec<f64>,
+    update: Vec<f64>,
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => values[n / 2],
+        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
+    }
+}
+
+/// The most memory that the process has had at once; null where the system does not say.
+fn peak_rss_bytes() -> Value {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kilobytes.map_or(Value::Null, |kilobytes| (kilobytes * 1024).into())
+}
+
+/// Where the batches of a measurement come from.
+enum Source {
+    Loader(Box<Loader>),
+    Synthetic(Box<Batch>),
+}
+
+impl Source {
+    /// One random batch, used for every step: normal-like pixels, full captions of random ids.
+    fn synthetic(config: &DataConfig, batch: usize, vocab_size: usize) -> Source {
+        // Weyl steps of splitmix64; speed is all that matters here.
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = move || {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^ (z >> 31)
+        };
+        let uniform = |bits: u64| (bits >> 40) as f32 / (1u64 << 24) as f32;
+        let (pixels, tokens) = (3 * config.image_size * config.image_size, config.text.max_length);
+        let images = (0..batch * pixels).map(|_| 4.0 * uniform(next()) - 2.0).collect();
+        let input_ids = (0..batch * tokens).map(|_| (next() % vocab_size.max(1) as u64) as i32).collect();
+        Source::Synthetic(Box::new(Batch {
+            epoch: 0,
+            step: 0,
+            len: batch,
+            images,
+            input_ids,
+            attention_mask: vec![1.0; batch * tokens],
+            sample_ids: (0..batch as i32).collect(),
+            text_ids: (0..batch as i32).collect(),
+        }))
+    }
+
+    fn next(&mut self, step: u64) -> Result<Batch, DataError> {
+        match self {
+            Source::Loader(loader) => loader.next_batch()?.ok_or(DataError::Stopped),
+            Source::Synthetic(batch) => {
+                let mut batch = std::mem::take(&mut **batch);
+                batch.step = step;
+                // Other samples at every step, as in training.
+                let rows = batch.len as i32;
+                let first = (step % 16) as i32 * rows;
+                for ids in [&mut batch.sample_ids, &mut batch.text_ids] {
+                    ids.iter_mut().zip(first..first + rows).for_each(|(id, value)| *id = value);
+                }
+                Ok(batch)
+            }
+        }
+    }
+
+    fn recycle(&mut self, batch: Batch) {
+        match self {
+            Source::Loader(loader) => loader.recycle(batch),
+            Source::Synthetic(kept) => **kept = batch,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(median(&mut []), 0.0);
+    }
+
+    #[test]
+    fn synthetic_batches_fit_the_model() {
+        let config = DataConfig { image_size: 8, ..DataConfig::default() };
+        let mut source = Source::synthetic(&config, 4, 11);
+        for step in 0..20 {
+            let batch = source.next(step).unwrap();
+            assert_eq!((batch.images.len(), batch.input_ids.len()), (4 * 3 * 64, 4 * 30));
+            assert!(batch.input_ids.iter().all(|id| (0..11).contains(id)));
+            assert!(batch.sample_ids.iter().all(|id| (0..64).contains(id)));
+            source.recycle(batch);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn linux_says_how_much_memory() {
+        assert!(peak_rss_bytes().as_u64().is_some_and(|bytes| bytes > 1 << 20));
+    }
+}

@@ -1,0 +1,10 @@
+//! One subcommand, one file.
+
+pub mod bench;
+pub mod check;
+pub mod data;
+pub mod eval;
+pub mod plugins;
+pub mod plugins_check;
+pub mod replay;
+pub mod run;

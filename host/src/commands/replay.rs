@@ -1,0 +1,170 @@
+//! `clip-host replay`: one plugin on given tensors.
+//!
+//! Who ports a loss from PyTorch dumps tensors there and compares here. This file reads and writes them; the plugin runs
+//! in [`clip_host_model::replay`], through the same compiler and kernels as in training.
+
+use crate::cli::{KindArg, ReplayArgs};
+use crate::error::CliError;
+use crate::output;
+use clip_host_model::Part;
+use clip_host_model::replay::{self, Data, Tensor, Tensors};
+use clip_host_plugin_api::describe::Kind;
+use clip_host_plugin_api::scheduler::Progress;
+use clip_host_plugins::Registry;
+use clip_host_recipe::{Recipe, RecipeErrors};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use std::path::Path;
+
+pub fn run(args: &ReplayArgs) -> Result<(), CliError> {
+    let part = part(args)?;
+    let input = read(&args.input)?;
+    let output = match args.kind {
+        KindArg::Loss => replay::loss(&part, &input)?,
+        KindArg::Optimizer => replay::optimizer(&part, args.weight_decay, &input)?,
+        KindArg::Encoder => replay::encoder(&part, &input)?,
+        KindArg::Scheduler => replay::scheduler(&part, &progress(args), &input)?,
+    };
+    write(&args.output, &output)?;
+    output::line(&format!("{} tensors from {}: {}", output.len(), part.plugin, args.output.display()))
+}
+
+/// The plugin with its settings, read as a recipe reads them.
+fn part(args: &ReplayArgs) -> Result<Part, CliError> {
+    let (kind, section) = match args.kind {
+        KindArg::Loss => (Kind::Loss, "loss"),
+        KindArg::Optimizer => (Kind::Optimizer, "optimizer"),
+        KindArg::Encoder => (Kind::Encoder, "model.image_encoder"),
+        KindArg::Scheduler => (Kind::Scheduler, "scheduler"),
+    };
+    let plugin = Registry::scan(&args.path).get(kind, &args.id)?;
+    const FRAME: &str = r#"(data: (), model: (image_encoder: (plugin: "-"), text_encoder: (plugin: "-"), embed_dim: 1),
+        loss: (plugin: "-"), optimizer: (plugin: "-", lr: 1.0), train: (epochs: 1, batch_size: 2))"#;
+    let recipe = Recipe::parse("--config", FRAME, &[format!("{section}.config={}", args.config)])?;
+    let config = match args.kind {
+        KindArg::Loss => &recipe.loss.config,
+        KindArg::Optimizer => &recipe.optimizer.choice.config,
+        KindArg::Encoder => &recipe.model.image_encoder.config,
+        KindArg::Scheduler => &recipe.scheduler.config,
+    };
+    let config = plugin.complete(config).map_err(|errors| {
+        let placed = errors.into_iter().map(|error| {
+            let path = format!("{section}.config.{}", error.path);
+            recipe.error_at(
+                path.trim_end_matches('.'),
+                error.part,
+                format!("{}: {}", error.plugin, error.message),
+                error.hint,
+            )
+        });
+        RecipeErrors(placed.collect())
+    })?;
+    Ok(Part { plugin, config })
+}
+
+/// What a scheduler is told of the run; step and epoch are the indexes of the file.
+fn progress(args: &ReplayArgs) -> Progress {
+    Progress {
+        base_lr: args.lr,
+        step: 0,
+        steps_per_epoch: 1,
+        total_steps: args.total_steps.unwrap_or(args.epochs),
+        epoch: 0,
+        epochs: args.epochs,
+        metric: args.metric,
+    }
+}
+
+fn failed(action: &str, path: &Path, error: impl std::fmt::Display, hint: &str) -> CliError {
+    CliError::Failed(format!("cannot {action} {}: {error}\nhint: {hint}", path.display()))
+}
+
+fn read(path: &Path) -> Result<Tensors, CliError> {
+    let bytes = std::fs::read(path).map_err(|e| failed("read", path, e, "--in takes a safetensors file"))?;
+    let hint = "write it with `safetensors.torch.save_file` or `safetensors.numpy.save_file`";
+    let file = SafeTensors::deserialize(&bytes)
+        .map_err(|e| failed("read", path, format!("expected a safetensors file, got {e}"), hint))?;
+    let tensor = |(name, view): (String, TensorView)| {
+        let data = elements(view.dtype(), view.data()).ok_or_else(|| {
+            let problem = format!("tensor `{name}`: expected F32, F64, I64 or I32, got {:?}", view.dtype());
+            failed("read", path, problem, "convert it before it is saved")
+        })?;
+        Ok((name, Tensor { shape: view.shape().to_vec(), data }))
+    };
+    file.tensors().into_iter().map(tensor).collect()
+}
+
+fn elements(dtype: Dtype, bytes: &[u8]) -> Option<Data> {
+    fn each<const N: usize, T>(bytes: &[u8], read: fn([u8; N]) -> T) -> Vec<T> {
+        bytes.as_chunks::<N>().0.iter().map(|chunk| read(*chunk)).collect()
+    }
+    Some(match dtype {
+        Dtype::F32 => Data::F32(each(bytes, f32::from_le_bytes)),
+        Dtype::F64 => Data::F64(each(bytes, f64::from_le_bytes)),
+        Dtype::I64 => Data::I64(each(bytes, i64::from_le_bytes)),
+        Dtype::I32 => Data::I64(each(bytes, |b| i64::from(i32::from_le_bytes(b)))),
+        _ => return None,
+    })
+}
+
+/// Writes under a temporary name first: a half-written file must not pass for a result.
+fn write(path: &Path, tensors: &Tensors) -> Result<(), CliError> {
+    let hint = "check that the folder exists, is writable and has room";
+    let stored = tensors.iter().map(|(name, tensor)| {
+        let (dtype, bytes): (Dtype, Vec<u8>) = match &tensor.data {
+            Data::F32(v) => (Dtype::F32, v.iter().flat_map(|x| x.to_le_bytes()).collect()),
+            Data::F64(v) => (Dtype::F64, v.iter().flat_map(|x| x.to_le_bytes()).collect()),
+            Data::I64(v) => (Dtype::I64, v.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        };
+        (name, dtype, &tensor.shape, bytes)
+    });
+    let stored: Vec<_> = stored.collect();
+    let views = stored.iter().map(|(name, dtype, shape, bytes)| {
+        let view = TensorView::new(*dtype, shape.to_vec(), bytes);
+        view.map(|view| (name.as_str(), view)).map_err(|e| failed("write", path, format!("tensor `{name}`: {e}"), hint))
+    });
+    let views = views.collect::<Result<Vec<_>, _>>()?;
+    let bytes = safetensors::serialize(views, None).map_err(|e| failed("write", path, e, hint))?;
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    std::fs::write(&temporary, bytes)
+        .and_then(|()| std::fs::rename(&temporary, path))
+        .inspect_err(|_| {
+            // Gives the room back; that it may fail as well changes nothing.
+            let _ = std::fs::remove_file(&temporary);
+        })
+        .map_err(|e| failed("write", path, e, hint))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_come_back_as_they_were_written() {
+        let path = std::env::temp_dir().join(format!("clip-host-replay-{}.safetensors", std::process::id()));
+        let tensor = |shape: &[usize], data| Tensor { shape: shape.to_vec(), data };
+        let written = Tensors::from([
+            ("a".into(), tensor(&[2, 1], Data::F32(vec![1.5, f32::MIN_POSITIVE]))),
+            ("b".into(), tensor(&[], Data::F64(vec![0.1]))),
+            ("c".into(), tensor(&[3], Data::I64(vec![-1, 0, i64::MAX]))),
+        ]);
+        write(&path, &written).unwrap();
+        assert_eq!(read(&path).unwrap(), written);
+        std::fs::remove_file(&path).unwrap();
+        let error = read(&path).unwrap_err();
+        assert!(matches!(&error, CliError::Failed(text) if text.contains("hint:")), "{error:?}");
+    }
+
+    #[test]
+    fn what_is_no_tensor_file_is_told() {
+        let path = std::env::temp_dir().join(format!("clip-host-replay-bad-{}", std::process::id()));
+        std::fs::write(&path, b"not a tensor file at all").unwrap();
+        let error = read(&path).unwrap_err();
+        assert!(matches!(&error, CliError::Failed(text) if text.contains("expected a safetensors file")), "{error:?}");
+        let view = TensorView::new(Dtype::BF16, vec![1], &[0, 0]).unwrap();
+        std::fs::write(&path, safetensors::serialize([("x", view)], None).unwrap()).unwrap();
+        let error = read(&path).unwrap_err();
+        assert!(matches!(&error, CliError::Failed(text) if text.contains("`x`") && text.contains("BF16")), "{error:?}");
+        std::fs::remove_file(&path).unwrap();
+    }
+}

@@ -1,0 +1,60 @@
+//! From a recipe file to what commands work with.
+
+use crate::cli::SetArgs;
+use crate::error::CliError;
+use clip_host_data::{DataConfig, DataError};
+use clip_host_recipe::{Recipe, RecipeErrors};
+use clip_host_train::{Plugins, assemble};
+use std::path::{Path, PathBuf};
+
+/// Loads a recipe with its data section; the recipe returned has that section's defaults written out.
+pub fn recipe(path: &Path, sets: &[String]) -> Result<(Recipe, DataConfig), RecipeErrors> {
+    let mut recipe = Recipe::load(path, sets)?;
+    let data: DataConfig = recipe.section("data")?;
+    recipe.resolve_data(&data)?;
+    Ok((recipe, data))
+}
+
+/// The recipe's plugins; all that is wrong with them at once.
+pub fn plugins(recipe: &Recipe) -> Result<Plugins, CliError> {
+    let (errors, warnings) = assemble::check_backend(recipe);
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    match Plugins::choose(recipe, &assemble::registry(recipe)) {
+        Ok(plugins) if errors.is_empty() => Ok(plugins),
+        Ok(_) => Err(RecipeErrors(errors).into()),
+        Err(mut found) => {
+            found.extend(errors);
+            Err(RecipeErrors(found).into())
+        }
+    }
+}
+
+/// The folder that relative paths in recipes start from: the current one, so that a recipe copied into a run folder still
+/// means the same files.
+pub fn base() -> Result<PathBuf, CliError> {
+    std::env::current_dir().map_err(|error| {
+        CliError::Failed(format!("cannot find the current folder: {error}\nhint: change to a folder that exists"))
+    })
+}
+
+/// The overrides of a command: `--set`, then those that have a flag of their own.
+pub fn sets(set: &SetArgs, flags: &[(&str, Option<String>)]) -> Vec<String> {
+    let flags = flags.iter().filter_map(|(key, value)| Some(format!("{key}={}", value.as_ref()?)));
+    set.sets.iter().cloned().chain(flags).collect()
+}
+
+/// A data error, with where to get the data if it is CC3M's.
+pub fn with_source(error: &DataError) -> String {
+    let text = error.to_string();
+    let missing = matches!(error, DataError::Missing { .. } | DataError::Pattern { .. });
+    if missing && text.to_lowercase().contains("cc3m") {
+        format!(
+            "{text}; CC3M's tars: `huggingface-cli download pixparse/cc3m-wds --repo-type dataset --local-dir data/cc3m` \
+             (2.9 million pairs), or make them with img2dataset as data/README.md shows"
+        )
+    } else {
+        text
+    }
+}
