@@ -181,7 +181,9 @@ impl<'a> Fuser<'a> {
         for id in ends.collect::<Vec<_>>() {
             let view = self.view(id);
             let root = view.root;
-            match view.is_contiguous() {
+            // The old value of a leaf that changes must be copied.
+            let in_place = view.is_contiguous() && (root == id || !self.module.is_updated(root));
+            match in_place {
                 true => self.anchors[root as usize] = true,
                 false => self.anchors[id as usize] = true,
             }

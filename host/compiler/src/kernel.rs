@@ -74,6 +74,8 @@ pub struct Output {
     pub target: NodeId,
     pub value: Reg,
     pub store: Store,
+    /// Registers hold floats; an i32 result is converted when it is stored.
+    pub dtype: DType,
 }
 
 /// A fused kernel.

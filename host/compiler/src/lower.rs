@@ -316,7 +316,10 @@ impl<'a> Lowering<'a> {
         }
         let outputs = outputs
             .into_iter()
-            .map(|(target, value, store)| Output { target, value: new[value], store })
+            .map(|(target, value, store)| {
+                let dtype = self.module.node(target).dtype;
+                Output { target, value: new[value], store, dtype }
+            })
             .collect();
         let nodes = self.unit.body.iter().copied().collect();
         Fused { rows: self.rows, cols: self.cols, dims: self.dims, inner: self.inner, inputs, code, outputs, nodes }

@@ -48,7 +48,29 @@ impl Module {
             nodes: linear.nodes,
         };
         module.split_reductions();
+        module.keep_old_values();
         module
+    }
+
+    /// Whether a leaf takes a new value at the end of the step.
+    pub fn is_updated(&self, id: NodeId) -> bool {
+        self.updates.iter().any(|&(target, _)| target == id)
+    }
+
+    /// An output, or another leaf's new value, that is an updated leaf's old value becomes a node of its own, so that it
+    /// can be copied before the leaf changes.
+    fn keep_old_values(&mut self) {
+        let updated: Vec<NodeId> = self.updates.iter().map(|u| u.0).collect();
+        let nodes = &mut self.nodes;
+        let mut keep = |id: &mut NodeId| {
+            if updated.contains(id) {
+                let Node { shape, dtype, .. } = &nodes[*id as usize];
+                nodes.push(Node { op: Op::Reshape, inputs: vec![*id], shape: shape.clone(), dtype: *dtype });
+                *id = nodes.len() as NodeId - 1;
+            }
+        };
+        self.outputs.iter_mut().for_each(|(_, id)| keep(id));
+        self.updates.iter_mut().filter(|(target, value)| target != value).for_each(|(_, value)| keep(value));
     }
 
     pub fn node(&self, id: NodeId) -> &Node {

@@ -97,7 +97,8 @@ fn plan(module: Module, fusion: Fusion) -> Result<Plan, CompileError> {
     let mut parent: HashMap<NodeId, (NodeId, usize)> = HashMap::new();
     for kernel in &kernels {
         let Kernel::Own { op: Op::Concat { axis }, node, inputs, shape } = kernel else { continue };
-        if shape[..*axis].iter().any(|&d| d != 1) {
+        // In a leaf's memory the parts would overwrite what others have yet to read.
+        if shape[..*axis].iter().any(|&d| d != 1) || alias.contains_key(node) {
             continue;
         }
         let mut offset = 0;
@@ -106,7 +107,8 @@ fn plan(module: Module, fusion: Fusion) -> Result<Plan, CompileError> {
             let source = module.node(input.source);
             let whole = input.offset == 0 && elements == source.elements();
             let owned = class(&source.op) != Class::Leaf && !alias.contains_key(&input.source);
-            if whole && owned && !parent.contains_key(&input.source) {
+            let single = inputs.iter().filter(|i| i.source == input.source).count() == 1;
+            if whole && owned && single && !parent.contains_key(&input.source) {
                 parent.insert(input.source, (*node, offset));
             }
             offset += elements;
@@ -154,9 +156,11 @@ fn may_write_in_place(kernel: &Kernel, leaf: NodeId, root: NodeId) -> bool {
             let stores_points = fused.outputs.iter().any(|o| o.target == root && o.store == Store::Each);
             let full = |o: &crate::kernel::Output| fused.code[o.value].1;
             let rank = fused.outputs.iter().find(|o| o.target == root).map(full);
+            // A row's value is read again by every tile of its row, unless tiles hold whole rows.
+            let once = rank == Some(Rank::Full) || (rank == Some(Rank::Row) && fused.has_row_reductions());
             stores_points
                 && fused.inputs.iter().filter(|i| i.source == leaf).all(|i| {
-                    i.pattern == Pattern::Same && i.offset == 0 && Some(i.rank) == rank && rank != Some(Rank::Scalar)
+                    i.pattern == Pattern::Same && i.offset == 0 && Some(i.rank) == rank && once
                 })
         }
         Kernel::Own { op: Op::Scatter, inputs, .. } => {

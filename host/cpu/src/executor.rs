@@ -21,6 +21,8 @@ pub enum ExecuteError {
     TooLong(usize),
     #[error("{0}")]
     Row(#[from] kernels::RowError),
+    #[error("the store is not the one that the program was prepared with (hint: keep one store for each executor)")]
+    Store,
     #[error("there is no {what} `{name}`")]
     Unknown { what: &'static str, name: String },
     #[error("`{name}` has {expected} elements, {got} were given")]
@@ -96,7 +98,11 @@ impl Executor {
             let node = &plan.nodes[id as usize];
             let elements = node.elements();
             leaves.push(match &node.op {
-                Op::Param { name, .. } | Op::State { name, .. } => Leaf::Stored(store.entry(name, elements)),
+                Op::Param { name, .. } | Op::State { name, .. } => {
+                    let entry = store.entry(name, elements);
+                    check_size(name, store.buffers[entry].len(), elements)?;
+                    Leaf::Stored(entry)
+                }
                 Op::Literal { values } => {
                     let mut buffer = Buffer::new(elements);
                     if node.dtype == DType::I32 {
@@ -208,10 +214,15 @@ impl Executor {
     /// Runs the program once. `seed` drives its random numbers.
     pub fn run(&mut self, store: &mut Store, seed: u64) -> Result<(), ExecuteError> {
         self.blocks[0] = self.arena.as_ptr() as usize;
-        for (block, leaf) in self.blocks[1..].iter_mut().zip(&self.leaves) {
+        let plan = &self.plan;
+        for ((block, leaf), &id) in self.blocks[1..].iter_mut().zip(&self.leaves).zip(&plan.leaves) {
             *block = match leaf {
                 Leaf::Own(buffer) => buffer.as_ptr() as usize,
-                Leaf::Stored(index) => store.buffers[*index].as_ptr() as usize,
+                // A store that this executor was not made with is refused: its memory may be smaller.
+                Leaf::Stored(index) => match store.buffers.get(*index) {
+                    Some(buffer) if buffer.len() >= plan.nodes[id as usize].elements() => buffer.as_ptr() as usize,
+                    _ => return Err(ExecuteError::Store),
+                },
             };
         }
         let pointers: &[usize] = &self.blocks;
@@ -242,7 +253,7 @@ impl Executor {
             0 => self.arena.as_slice(),
             leaf => match &self.leaves[leaf - 1] {
                 Leaf::Own(buffer) => buffer.as_slice(),
-                Leaf::Stored(index) => store.buffers[*index].as_slice(),
+                Leaf::Stored(index) => store.buffers.get(*index)?.as_slice(),
             },
         };
         let elements = operand.dims.iter().map(|d| d.0).product::<usize>();

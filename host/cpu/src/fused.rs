@@ -67,6 +67,7 @@ struct Out {
     address: Address,
     value: usize,
     store: Store,
+    integer: bool,
     /// Written by its instruction already.
     direct: bool,
     /// Offset in the partial sums, and their number for each segment.
@@ -188,6 +189,7 @@ impl Program {
                 address: place(output.target),
                 value: output.value,
                 store: output.store,
+                integer: output.dtype == DType::I32,
                 direct: false,
                 partial,
             });
@@ -225,7 +227,7 @@ impl Program {
                 alive
             });
             let direct_output = self.outs.iter().position(|o| {
-                o.value == at && o.store == Store::Each && !read.iter().any(|r| r.block == o.address.block && o.address.block > 0)
+                o.value == at && o.store == Store::Each && !o.integer && !read.iter().any(|r| r.block == o.address.block && o.address.block > 0)
             });
             let once = match instr {
                 Instr::Load(i) => matches!(self.loads[*i].source, Source::Repeated),
@@ -604,7 +606,11 @@ impl Program {
                     Store::Each if out.direct => {}
                     Store::Each => {
                         let start = if rank == Rank::Full { row * self.cols + col } else { row };
-                        tape::unary_identity(value, memory.at(out.address).add(start), n);
+                        let to = memory.at(out.address).add(start);
+                        match out.integer {
+                            true => tape::to_integers(value, to.cast(), n),
+                            false => tape::unary_identity(value, to, n),
+                        }
                     }
                     Store::SumAll | Store::MaxAll => {
                         let total = partials.add(out.partial + task);

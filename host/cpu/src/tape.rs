@@ -80,6 +80,21 @@ pub unsafe fn unary_identity(a: Arg, out: *mut f32, n: usize) {
     unsafe { map1(a, out, n, |x| x) }
 }
 
+/// Stores floats as integers, towards zero.
+///
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+pub unsafe fn to_integers(a: Arg, out: *mut i32, n: usize) {
+    // SAFETY: i < n in each loop.
+    unsafe {
+        match a {
+            Arg::Vector(a) => (0..n).for_each(|i| *out.add(i) = *a.add(i) as i32),
+            Arg::Value(a) => (0..n).for_each(|i| *out.add(i) = a as i32),
+        }
+    }
+}
+
 /// # Safety
 /// As [`map1`].
 #[inline(always)]
