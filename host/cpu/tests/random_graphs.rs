@@ -99,7 +99,8 @@ impl<'g> Maker<'g, '_> {
             11 | 12 if rank > 0 => {
                 let axes: Vec<isize> = (0..rank as isize).filter(|_| self.rng.below(2) == 0).collect();
                 let keep = self.rng.below(2) == 0 || axes.len() == rank;
-                if self.rng.below(3) == 0 { t.max(&axes, keep) } else { t.mean(&axes, keep) }
+                // Maxima that tie in f32 only would have another gradient.
+                if self.rng.below(3) == 0 { t.max(&axes, keep).detach() } else { t.mean(&axes, keep) }
             }
             13 if rank > 0 => match self.rng.below(4) {
                 0 => t.softmax(),
