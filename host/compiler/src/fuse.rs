@@ -130,6 +130,13 @@ impl<'a> Fuser<'a> {
         matches!(self.module.node(id).op, Op::Constant { .. })
     }
 
+    /// A single number computed from others: every kernel that needs it computes it for itself.
+    fn is_scalar(&self, id: NodeId) -> bool {
+        let node = self.module.node(id);
+        let counts = matches!(node.op, Op::Random { .. } | Op::Iota { .. });
+        node.elements() == 1 && class(&node.op) == Class::Pointwise && !counts
+    }
+
     fn find_anchors(&mut self) {
         // To a fixed point: a new anchor changes views, which may make others necessary.
         loop {
@@ -165,7 +172,7 @@ impl<'a> Fuser<'a> {
                         let view = self.view(input);
                         let root = view.root;
                         // A constant is known at every point; a pointwise value elsewhere than at its own point is not.
-                        if !self.is_same_order(view) && !self.is_constant(root) {
+                        if !self.is_same_order(view) && !self.is_constant(root) && !self.is_scalar(root) {
                             self.anchors[root as usize] = true;
                         }
                     }
@@ -218,7 +225,11 @@ impl<'a> Fuser<'a> {
             }
             if !self.anchors[id as usize] && self.readers(id) > 1 {
                 let small = node.elements() < LARGE;
-                if (dear || ops > INLINE_OPS || streams.len() > INLINE_STREAMS || small) && !self.is_constant(id) {
+                let stored = match self.is_scalar(id) {
+                    true => ops > INLINE_OPS,
+                    false => dear || ops > INLINE_OPS || streams.len() > INLINE_STREAMS || small,
+                };
+                if stored && !self.is_constant(id) {
                     self.anchors[id as usize] = true;
                 }
             }

@@ -1,7 +1,7 @@
 //! The kernel IR: what backends execute. A fused kernel is a short program over one row-structured iteration space; the
 //! CPU runs it tile by tile, a GPU backend renders the same program.
 
-use clip_host_plugin_api::ir::{Binary, Compare, DType, NodeId, Op, Unary};
+use clip_host_plugin_api::ir::{Binary, Compare, DType, Node, NodeId, Op, Unary};
 
 /// Index of an instruction's result.
 pub type Reg = usize;
@@ -147,6 +147,36 @@ impl Kernel {
             Kernel::Fused(fused) => fused.outputs.iter().map(|o| o.target).collect(),
             Kernel::Own { node, .. } | Kernel::Copy { node, .. } => vec![*node],
             Kernel::Store { leaf, .. } => vec![*leaf],
+        }
+    }
+
+    /// One line for people: what it computes, over which sizes.
+    pub fn describe(&self, nodes: &[Node]) -> String {
+        match self {
+            Kernel::Fused(fused) => {
+                let mut ops: Vec<(&str, usize)> = Vec::new();
+                for &id in &fused.nodes {
+                    let name = nodes[id as usize].op.name();
+                    match ops.iter_mut().find(|o| o.0 == name) {
+                        Some(op) => op.1 += 1,
+                        None => ops.push((name, 1)),
+                    }
+                }
+                let ops: Vec<String> = ops
+                    .into_iter()
+                    .map(|(name, count)| if count == 1 { name.to_string() } else { format!("{name}×{count}") })
+                    .collect();
+                let (rows, cols) = (fused.rows, fused.cols);
+                let (inputs, outputs) = (fused.inputs.len(), fused.outputs.len());
+                format!("fused [{rows}, {cols}] {inputs} in, {outputs} out: {}", ops.join(" "))
+            }
+            Kernel::Own { op, inputs, shape, .. } => {
+                let sizes = |o: &Operand| format!("{:?}", o.dims.iter().map(|d| d.0).collect::<Vec<_>>());
+                let inputs: Vec<String> = inputs.iter().map(sizes).collect();
+                format!("{} {} -> {shape:?}", op.name(), inputs.join(" "))
+            }
+            Kernel::Copy { node, .. } => format!("copy {:?}", nodes[*node as usize].shape),
+            Kernel::Store { leaf, .. } => format!("store {:?}", nodes[*leaf as usize].shape),
         }
     }
 }

@@ -13,13 +13,42 @@ impl Compiler for Simplify {
     fn compile<T: ToIdsMut>(&self, graph: &mut Graph, ids: T) {
         rewrite(graph, ids, |nodes, builder| {
             let mut new: Vec<NodeId> = Vec::with_capacity(nodes.len());
+            let mut readers = vec![0; nodes.len()];
+            nodes.iter().flat_map(|n| &n.inputs).for_each(|&i| readers[i as usize] += 1);
             for node in nodes {
                 let inputs: Vec<NodeId> = node.inputs.iter().map(|&i| new[i as usize]).collect();
+                if let (Op::Permute { axes }, [product]) = (&node.op, node.inputs.as_slice())
+                    && readers[*product as usize] == 1
+                    && let Some(turned) = transposed_product(builder, axes, inputs[0])
+                {
+                    new.push(turned);
+                    continue;
+                }
                 new.push(simplified(builder, node.op.clone(), inputs, &node.shape, node.dtype));
             }
             new
         });
     }
+}
+
+/// (a·b)ᵀ = bᵀ·aᵀ: the product is written as its one reader wants it.
+fn transposed_product(builder: &mut Builder, axes: &[usize], product: NodeId) -> Option<NodeId> {
+    let Node { op: Op::Matmul, inputs, shape, dtype } = builder.node(product).clone() else { return None };
+    let rank = axes.len();
+    let mut swapped: Vec<usize> = (0..rank).collect();
+    swapped.swap(rank - 1, rank - 2);
+    if axes != swapped {
+        return None;
+    }
+    let mut turn = |id: NodeId| {
+        let mut shape = builder.node(id).shape.clone();
+        shape.swap(rank - 1, rank - 2);
+        simplified(builder, Op::Permute { axes: swapped.clone() }, vec![id], &shape, dtype)
+    };
+    let turned = vec![turn(inputs[1]), turn(inputs[0])];
+    let mut shape = shape;
+    shape.swap(rank - 1, rank - 2);
+    Some(builder.push(Op::Matmul, turned, shape, dtype))
 }
 
 fn constant(builder: &Builder, id: NodeId) -> Option<f64> {

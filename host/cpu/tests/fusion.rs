@@ -1,0 +1,130 @@
+//! What fuses: the number of kernels of programs that matter.
+
+mod support;
+
+use clip_host_compiler::kernel::Kernel;
+use clip_host_plugin_api::graph::{Graph, Tensor};
+use clip_host_plugin_api::ir::{Conv, DType, Init, Layout};
+use support::Case;
+
+const ZERO: Init = Init::Constant(0.0);
+
+/// Kernels of a program: fused ones, ops' own, copies.
+fn counts(gradients: bool, build: impl FnOnce(&Graph)) -> (usize, usize, usize) {
+    let mut case = Case::new(1, |g, _| build(g));
+    case.gradients = gradients;
+    let plan = case.plan();
+    let count = |f: fn(&Kernel) -> bool| plan.kernels.iter().filter(|k| f(k)).count();
+    let counts = (
+        count(|k| matches!(k, Kernel::Fused(_))),
+        count(|k| matches!(k, Kernel::Own { .. })),
+        count(|k| matches!(k, Kernel::Copy { .. } | Kernel::Store { .. })),
+    );
+    if std::env::var_os("EXPLAIN").is_some() {
+        case.explain();
+    }
+    counts
+}
+
+fn vector<'g>(g: &'g Graph, name: &str, n: usize) -> Tensor<'g> {
+    g.param(name, &[n], ZERO)
+}
+
+#[test]
+fn softmax_is_one_kernel() {
+    for shape in [[64, 100], [3, 5], [512, 2000]] {
+        for gradients in [false, true] {
+            let got = counts(gradients, |g| g.output("y", g.input("x", &shape, DType::F32).softmax()));
+            assert_eq!(got, (1, 0, 0), "{shape:?} {gradients}");
+            let got = counts(gradients, |g| g.output("y", g.input("x", &shape, DType::F32).log_softmax()));
+            assert_eq!(got, (1, 0, 0), "{shape:?} {gradients}");
+        }
+    }
+}
+
+#[test]
+fn layer_norm_is_one_kernel() {
+    for shape in [[64, 100], [3, 5], [512, 768]] {
+        for gradients in [false, shape[0] > 3] {
+            let got = counts(gradients, |g| {
+                let x = g.input("x", &shape, DType::F32);
+                g.output("y", x.layer_norm(vector(g, "gain", shape[1]), vector(g, "bias", shape[1]), 1e-5));
+            });
+            assert_eq!(got, (1, 0, 0), "{shape:?} {gradients}");
+        }
+    }
+}
+
+#[test]
+fn flat_update_is_one_kernel() {
+    let n = 100_000;
+    let got = counts(false, |g| {
+        let state = |name: &str| g.state(name, &[n], ZERO);
+        let (flat, first, second) = (state("flat"), state("m"), state("v"));
+        let (grad, rate) = (g.input("grad", &[n], DType::F32), g.input("rate", &[], DType::F32));
+        let decay = g.literal(vec![1.0; n], &[n], DType::F32);
+        let new_first = first * 0.9 + grad * 0.1;
+        let new_second = second * 0.999 + grad.square() * 0.001;
+        g.update(first, new_first);
+        g.update(second, new_second);
+        g.update(flat, flat * (1.0 - rate * 0.1 * decay) - rate * new_first / (new_second.sqrt() + 1e-8));
+    });
+    assert_eq!(got, (1, 0, 0));
+}
+
+fn mlp(g: &Graph) {
+    let x = g.input("x", &[480, 256], DType::F32);
+    let up = x.linear(g.param("up", &[1024, 256], ZERO), Some(vector(g, "up.bias", 1024)));
+    g.output("y", up.gelu().linear(g.param("down", &[256, 1024], ZERO), Some(vector(g, "down.bias", 256))));
+}
+
+#[test]
+fn gelu_mlp() {
+    // Two products; the activation and the last bias.
+    assert_eq!(counts(false, mlp), (2, 2, 0));
+    // Backward: four products more, which write the weights' gradients as the weights lie. The cotangent is an input
+    // here, so that the activation, its gradient and its bias's sum are one kernel.
+    assert_eq!(counts(true, mlp), (3, 6, 0));
+}
+
+fn block(g: &Graph) {
+    let conv = Conv { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 1, layout: Layout::Nchw };
+    let x = g.input("x", &[4, 64, 14, 14], DType::F32);
+    let x = x * 1.5;
+    let y = x.conv2d(g.param("w", &[64, 64, 3, 3], ZERO), conv);
+    let y = y.batch_norm(vector(g, "gain", 64), vector(g, "bias", 64), 1e-5);
+    let y = (y + x).relu();
+    let z = y.conv2d(g.param("w2", &[64, 64, 3, 3], ZERO), conv);
+    g.output("z", z);
+}
+
+#[test]
+fn residual_block() {
+    // The input's scaling; mean and variance with their finish; normalise, add and ReLU. Copies are the edges' NHWC.
+    assert_eq!(counts(false, block), (6, 2, 2));
+    assert_eq!(counts(true, block), (11, 6, 3));
+}
+
+fn transformer_layer(g: &Graph) {
+    let (b, t, d, heads) = (8, 30, 96, 4);
+    let x = g.input("x", &[b, t, d], DType::F32);
+    let mask = g.input("mask", &[b, 1, 1, t], DType::F32);
+    let linear = |x: Tensor<'_>, name: &str, out: usize| {
+        let n = x.size(-1);
+        let y = x.matmul(g.param(&format!("{name}.w"), &[out, n], ZERO).t());
+        let bias = vector(g, &format!("{name}.b"), out);
+        (y + g.tensor(bias.id())).id()
+    };
+    let split = |id| g.tensor(id).reshape(&[b, t, heads, d / heads]).permute(&[0, 2, 1, 3]);
+    let (q, k, v) = (split(linear(x, "q", d)), split(linear(x, "k", d)), split(linear(x, "v", d)));
+    let y = q.attention(k, v, Some(mask)).permute(&[0, 2, 1, 3]).reshape(&[b, t, d]);
+    let x = x + g.tensor(linear(y, "out", d));
+    let x = x.layer_norm(vector(g, "gain1", d), vector(g, "bias1", d), 1e-5);
+    let y = g.tensor(linear(g.tensor(linear(x, "up", 4 * d)).gelu(), "down", d));
+    g.output("y", (x + y).layer_norm(vector(g, "gain2", d), vector(g, "bias2", d), 1e-5));
+}
+
+#[test]
+fn transformer() {
+    println!("forward {:?}, with backward {:?}", counts(false, transformer_layer), counts(true, transformer_layer));
+}
