@@ -279,6 +279,9 @@ pub struct BenchStepArgs {
     /// Random images and token ids, so that no data is needed.
     #[arg(long)]
     pub synthetic: bool,
+    /// List the N kernels that take most of the step.
+    #[arg(long, value_name = "N")]
+    pub kernels: Option<usize>,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,

@@ -86,6 +86,8 @@ pub struct Executor {
     phase_ends: [usize; 2],
     /// Seconds of the last run, by phase.
     pub phases: [f64; 3],
+    /// Seconds of each launch over all runs since [`Executor::time_launches`].
+    timings: Option<Vec<f64>>,
 }
 
 impl Executor {
@@ -171,7 +173,18 @@ impl Executor {
             blocks,
             phase_ends: [count, count],
             phases: [0.0; 3],
+            timings: None,
         })
+    }
+
+    /// From now on measures every launch.
+    pub fn time_launches(&mut self) {
+        self.timings = Some(vec![0.0; self.launches.len()]);
+    }
+
+    /// Seconds that each of the plan's kernels took so far, if they are measured.
+    pub fn timings(&self) -> Option<&[f64]> {
+        self.timings.as_deref()
     }
 
     pub fn plan(&self) -> &Plan {
@@ -237,8 +250,12 @@ impl Executor {
                 start = Instant::now();
                 phase += 1;
             }
+            let began = self.timings.is_some().then(Instant::now);
             // SAFETY: the addresses come from the plan that the blocks were made for, and no two kernels run at once.
             unsafe { run_launch(launch, &self.plan, &self.pool, memory, seed)? };
+            if let (Some(began), Some(timings)) = (began, &mut self.timings) {
+                timings[index] += began.elapsed().as_secs_f64();
+            }
         }
         self.phases[phase] = start.elapsed().as_secs_f64();
         Ok(())

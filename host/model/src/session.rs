@@ -224,6 +224,19 @@ impl Session {
         }
     }
 
+    /// From now on measures every kernel of the training step.
+    pub fn time_kernels(&mut self) {
+        self.step.time_launches();
+    }
+
+    /// The training step's kernels in order, each as a line of text with the seconds that it took so far (0 if they
+    /// are not measured).
+    pub fn kernels(&self) -> Vec<(String, f64)> {
+        let plan = self.step.plan();
+        let seconds = |i: usize| self.step.timings().and_then(|t| t.get(i).copied()).unwrap_or(0.0);
+        plan.kernels.iter().enumerate().map(|(i, kernel)| (kernel.describe(&plan.nodes), seconds(i))).collect()
+    }
+
     /// Milliseconds that the parts of the last step took.
     pub fn phases(&self) -> Phases {
         let [forward, backward, update] = self.step.phases.map(|s| s * 1e3);

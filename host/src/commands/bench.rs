@@ -33,6 +33,9 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     let mut session = Session::new(plugins.model(&recipe, &config, dataset_size))?;
 
     let mut times = Times::default();
+    if args.kernels.is_some() {
+        session.time_kernels();
+    }
     for step in 0..WARM_UP + args.steps {
         let begun = Instant::now();
         let input = source.next(step)?;
@@ -59,6 +62,9 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
         }
     }
 
+    if let Some(most) = args.kernels {
+        print_kernels(&session, most, WARM_UP + args.steps)?;
+    }
     let stats = session.stats();
     let step_ms = median(&mut times.step);
     let result = json!({
@@ -85,6 +91,17 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
         "persistent_bytes": stats.persistent_bytes,
     });
     print_result(&result, args.json)
+}
+
+/// The kernels that take most of the step, on stderr: the result stays alone on stdout.
+fn print_kernels(session: &Session, most: usize, steps: u64) -> Result<(), CliError> {
+    let mut kernels = session.kernels();
+    let total: f64 = kernels.iter().map(|k| k.1).sum();
+    kernels.sort_by(|a, b| b.1.total_cmp(&a.1));
+    for (text, seconds) in kernels.iter().take(most) {
+        eprintln!("{:8.2} ms {:5.1} %  {text}", seconds * 1e3 / steps as f64, 100.0 * seconds / total);
+    }
+    Ok(())
 }
 
 pub fn data(args: &BenchDataArgs) -> Result<(), CliError> {
