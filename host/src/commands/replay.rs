@@ -12,6 +12,7 @@ use clip_host_plugin_api::describe::Kind;
 use clip_host_plugin_api::scheduler::Progress;
 use clip_host_plugins::Registry;
 use clip_host_recipe::{Recipe, RecipeErrors};
+use clip_host_train::assemble;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::path::Path;
 
@@ -37,9 +38,7 @@ fn part(args: &ReplayArgs) -> Result<Part, CliError> {
         KindArg::Scheduler => (Kind::Scheduler, "scheduler"),
     };
     let plugin = Registry::scan(&args.path).get(kind, &args.id)?;
-    const FRAME: &str = r#"(data: (), model: (image_encoder: (plugin: "-"), text_encoder: (plugin: "-"), embed_dim: 1),
-        loss: (plugin: "-"), optimizer: (plugin: "-", lr: 1.0), train: (epochs: 1, batch_size: 2))"#;
-    let recipe = Recipe::parse("--config", FRAME, &[format!("{section}.config={}", args.config)])?;
+    let recipe = frame(section, &args.config)?;
     let config = match args.kind {
         KindArg::Loss => &recipe.loss.config,
         KindArg::Optimizer => &recipe.optimizer.choice.config,
@@ -47,18 +46,17 @@ fn part(args: &ReplayArgs) -> Result<Part, CliError> {
         KindArg::Scheduler => &recipe.scheduler.config,
     };
     let config = plugin.complete(config).map_err(|errors| {
-        let placed = errors.into_iter().map(|error| {
-            let path = format!("{section}.config.{}", error.path);
-            recipe.error_at(
-                path.trim_end_matches('.'),
-                error.part,
-                format!("{}: {}", error.plugin, error.message),
-                error.hint,
-            )
-        });
-        RecipeErrors(placed.collect())
+        RecipeErrors(errors.into_iter().map(|error| assemble::config_error(&recipe, section, error)).collect())
     })?;
     Ok(Part { plugin, config })
+}
+
+/// A recipe with nothing in it but one plugin's settings, so that these mean what they mean in a recipe.
+fn frame(section: &str, config: &str) -> Result<Recipe, RecipeErrors> {
+    const FRAME: &str = r#"(data: (), model: (image_encoder: (plugin: "-"), text_encoder: (plugin: "-"), embed_dim: 1),
+        loss: (plugin: "-"), optimizer: (plugin: "-", lr: 1.0), scheduler: (plugin: "-"),
+        train: (epochs: 1, batch_size: 2))"#;
+    Recipe::parse("--config", FRAME, &[format!("{section}.config={config}")])
 }
 
 /// What a scheduler is told of the run; step and epoch are the indexes of the file.
@@ -138,6 +136,19 @@ fn write(path: &Path, tensors: &Tensors) -> Result<(), CliError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn settings_are_read_as_in_recipes() {
+        for section in ["loss", "optimizer", "scheduler", "model.image_encoder"] {
+            for config in ["()", "(a: 1, b: (0.5, two), c: Some(\"x\"))"] {
+                assert!(frame(section, config).is_ok(), "{section} {config}");
+            }
+            let error = frame(section, "(a: ").unwrap_err().to_string();
+            assert!(error.contains("(a: "), "{error}");
+        }
+        let config = frame("loss", "(b: (0.5, two))").unwrap().loss.config;
+        assert_eq!(serde_json::Value::Object(config), serde_json::json!({"b": [0.5, "two"]}));
+    }
 
     #[test]
     fn tensors_come_back_as_they_were_written() {

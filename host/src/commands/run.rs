@@ -3,10 +3,11 @@
 use crate::cli::RunArgs;
 use crate::error::CliError;
 use crate::{output, prepare};
-use clip_host_data::{Data, DataConfig};
+use clip_host_data::{Data, DataConfig, Position};
 use clip_host_recipe::Recipe;
 use clip_host_train::{Interrupt, Job, Progress, RunFolder, Summary, run_folder, train};
 use signal_hook::consts::{SIGINT, SIGTERM};
+use std::io::Write;
 use std::path::Path;
 
 pub fn run(args: RunArgs) -> Result<(), CliError> {
@@ -14,6 +15,8 @@ pub fn run(args: RunArgs) -> Result<(), CliError> {
     let plugins = prepare::plugins(&recipe)?;
     let data = Data::open(&config, &prepare::base()?)?;
     warn_of_skipped(&data);
+    // A batch larger than the data is told before there is a folder.
+    data.train_loader(recipe.train.batch_size, recipe.seed, Position::default(), Some(0))?;
     let folder = open_folder(&args, &recipe)?;
     let interrupt = stop_on_signals()?;
 
@@ -22,7 +25,10 @@ pub fn run(args: RunArgs) -> Result<(), CliError> {
     let mut progress = Progress::new(args.json);
     let ended = train(job, &interrupt, &mut progress);
     drop(progress);
-    report(ended.map_err(|error| say_where(error.into(), &run_dir))?, args.json)
+    match ended {
+        Ok(summary) => report(summary, args.json),
+        Err(error) => Err(say_where(error.into(), &run_dir, args.resume.is_none())),
+    }
 }
 
 /// The recipe of a new run, or the one in the folder of a run that goes on.
@@ -91,8 +97,11 @@ fn stop_on_signals() -> Result<Interrupt, CliError> {
     Ok(interrupt)
 }
 
-/// A failed run says where its folder is, too.
-fn say_where(error: CliError, run_dir: &Path) -> CliError {
+/// A failed run says where its folder is, too. One that failed before its first step leaves none behind.
+fn say_where(error: CliError, run_dir: &Path, new: bool) -> CliError {
+    if new && RunFolder::remove_if_unused(run_dir) {
+        return error;
+    }
     match error {
         CliError::Failed(text) => CliError::Failed(format!("{text}\nrun folder: {}", run_dir.display())),
         other => other,
@@ -117,7 +126,12 @@ fn report(summary: Summary, json: bool) -> Result<(), CliError> {
         }
     }
     if summary.interrupted {
-        tracing::warn!("stopped after step {}; continue with: clip-host run --resume {dir}", summary.steps);
+        // If stderr is closed there is nobody to tell.
+        let _ = writeln!(
+            std::io::stderr(),
+            "stopped after step {}; continue with: clip-host run --resume {dir}",
+            summary.steps
+        );
     }
     if !json {
         output::line(&format!("run folder: {dir}"))?;

@@ -6,7 +6,7 @@ use clip_host_data::DataConfig;
 use clip_host_model::{ModelSpec, Part};
 use clip_host_plugin_api::describe::Kind;
 use clip_host_plugin_api::scheduler::{Progress, ScheduleAnswer, ScheduleRequest};
-use clip_host_plugins::{Plugin, PluginError, Registry};
+use clip_host_plugins::{ConfigError, Plugin, PluginError, Registry};
 use clip_host_recipe::{Backend, PluginChoice, Precision, Recipe, RecipeError};
 use std::sync::Arc;
 
@@ -150,18 +150,20 @@ fn choose(
             vec![recipe.error_at(&format!("{section}.plugin"), RecipePart::Value, message, hint)]
         })?;
     let config = plugin.complete(&choice.config).map_err(|errors| {
-        let placed = errors.into_iter().map(|error| {
-            let path = format!("{section}.config.{}", error.path);
-            recipe.error_at(
-                path.trim_end_matches('.'),
-                error.part,
-                format!("{}: {}", error.plugin, error.message),
-                error.hint,
-            )
-        });
+        let placed = errors.into_iter().map(|error| config_error(recipe, section, error));
         placed.collect::<Vec<_>>()
     })?;
     Ok(Part { plugin, config })
+}
+
+/// A mistake in a plugin's settings, shown where the recipe says it. `section` is the plugin's, `loss` for instance.
+pub fn config_error(recipe: &Recipe, section: &str, error: ConfigError) -> RecipeError {
+    let path = format!("{section}.config.{}", error.path);
+    let message = match error.message.contains(&error.plugin) {
+        true => error.message,
+        false => format!("{}: {}", error.plugin, error.message),
+    };
+    recipe.error_at(path.trim_end_matches('.'), error.part, message, error.hint)
 }
 
 /// What a recipe asks for that this build does not have: errors, then warnings.

@@ -163,14 +163,14 @@ mod tests {
             epochs: 30,
             step: 40,
             last: 900,
-            loss: 3.14159,
+            loss: 2.71236,
             lr: 2e-4,
             samples_per_second: 412.34,
             data_wait: 0.0123,
             eta: 185.0,
         };
         let expected =
-            "epoch 2/30  step 40/900  loss 3.1416  lr 2.00e-4  412.3 samples/s  data wait 12.3 ms  ETA 3m05s";
+            "epoch 2/30  step 40/900  loss 2.7124  lr 2.00e-4  412.3 samples/s  data wait 12.3 ms  ETA 3m05s";
         assert_eq!(step.to_string(), expected);
     }
 }

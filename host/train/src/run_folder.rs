@@ -45,6 +45,7 @@ pub struct PluginRecord {
 const LOCK: &str = ".lock";
 const RECIPE: &str = "recipe.ron";
 const PLUGINS: &str = "plugins.json";
+const METRICS: &str = "metrics.jsonl";
 
 impl RunFolder {
     /// Makes the folder of a new run: `out`, or else `runs/<recipe's name>-<date and time>`. `recipe` is the resolved
@@ -120,6 +121,22 @@ impl RunFolder {
         atomic::write(&self.recipe(), |file| file.write_all(recipe.as_bytes()))
     }
 
+    /// Removes the folder of a run that failed before its first step, so that the same command can be given again. Does
+    /// nothing to a folder with a checkpoint, metrics or anything of somebody else in it. True if it is gone.
+    pub fn remove_if_unused(path: &Path) -> bool {
+        let used = fs::metadata(path.join(METRICS)).is_ok_and(|file| file.len() > 0)
+            || fs::read_dir(checkpoints_of(path)).is_ok_and(|mut inside| inside.next().is_some());
+        if used {
+            return false;
+        }
+        for name in [RECIPE, PLUGINS, METRICS, LOCK] {
+            // What cannot be removed keeps the folder, which is the answer then.
+            let _ = fs::remove_file(path.join(name));
+        }
+        let _ = fs::remove_dir(checkpoints_of(path));
+        fs::remove_dir(path).is_ok()
+    }
+
     /// Records the run's plugins. Answers with the plugins that were others when the run began, old and new.
     ///
     /// # Errors
@@ -150,7 +167,7 @@ impl RunFolder {
 
     /// Where the metrics are.
     pub fn metrics(&self) -> PathBuf {
-        self.path.join("metrics.jsonl")
+        self.path.join(METRICS)
     }
 
     /// Where the checkpoints are.
@@ -292,6 +309,22 @@ mod tests {
         fs::remove_file(dir.join("recipe.ron")).unwrap();
         fs::write(dir.join("notes"), "mine").unwrap();
         assert!(matches!(RunFolder::resume(&dir, Some("()")), Err(TrainError::FolderInUse { .. })));
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn only_a_run_without_a_step_is_removed() {
+        let dir = folder("unused");
+        let out = dir.join("run");
+        drop(RunFolder::create(Some(&out), Path::new("r.ron"), "()").unwrap());
+        assert!(RunFolder::remove_if_unused(&out) && !out.exists());
+        for used in ["metrics.jsonl", "checkpoints/step-0000000001.safetensors", "notes"] {
+            drop(RunFolder::create(Some(&out), Path::new("r.ron"), "()").unwrap());
+            fs::write(out.join(used), "x").unwrap();
+            assert!(!RunFolder::remove_if_unused(&out), "{used}");
+            assert_eq!(fs::read_to_string(out.join(used)).unwrap(), "x");
+            fs::remove_dir_all(&out).unwrap();
+        }
         fs::remove_dir_all(dir).unwrap();
     }
 
