@@ -6,5 +6,6 @@
 
 pub mod autograd;
 pub mod operator;
+pub mod oracle;
 pub mod program;
 pub mod rewrite;

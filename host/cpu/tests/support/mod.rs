@@ -121,7 +121,7 @@ impl Case {
         (fragment, seeds, wrt)
     }
 
-    fn all_values(&self) -> HashMap<String, Vec<f64>> {
+    pub fn all_values(&self) -> HashMap<String, Vec<f64>> {
         let mut values = self.values.clone();
         let mut rng = Rng(self.seed ^ 0xc07a);
         if self.gradients {
@@ -254,7 +254,7 @@ impl Case {
         println!("places {:?}\noutputs {:?}", plan.places, plan.outputs);
     }
 
-    fn compare(&self, expected: &HashMap<String, Vec<f64>>, got: &HashMap<String, Vec<f32>>, what: &str) {
+    pub fn compare(&self, expected: &HashMap<String, Vec<f64>>, got: &HashMap<String, Vec<f32>>, what: &str) {
         for (name, expected) in expected {
             let got = got.get(name).unwrap_or_else(|| panic!("`{name}` was not computed"));
             assert_eq!(got.len(), expected.len(), "{name}");
@@ -291,7 +291,7 @@ impl Case {
 }
 
 /// Pools, made once in each thread.
-fn pool(threads: usize, isa: Isa) -> Arc<ThreadPool> {
+pub fn pool(threads: usize, isa: Isa) -> Arc<ThreadPool> {
     thread_local! {
         static POOLS: std::cell::RefCell<HashMap<(usize, String), Arc<ThreadPool>>> = Default::default();
     }
