@@ -95,26 +95,31 @@ impl<'a> Fuser<'a> {
 
     /// Computes each node's view given the anchors so far; a movement that strides cannot express becomes an anchor.
     fn compute_views(&mut self) {
+        // Copies by what they copy, in which order: the next one that wants the same reads the first.
+        let mut copies: HashMap<(NodeId, usize, Vec<(usize, usize)>), NodeId> = HashMap::new();
         for (id, node) in self.module.nodes.iter().enumerate() {
             let own = View::contiguous(id as NodeId, &node.shape);
-            let view = if class(&node.op) != Class::Movement || self.anchors[id] {
-                own
-            } else {
-                let source = self.view(node.inputs[0]).clone();
-                let moved = match &node.op {
-                    Op::Permute { axes } => Some(source.permute(axes)),
-                    Op::Broadcast => Some(source.broadcast(&node.shape)),
-                    Op::Slice { starts, ends } => Some(source.slice(starts, ends)),
-                    Op::Reshape => source.reshape(&node.shape),
-                    _ => Some(source),
-                };
-                match moved {
-                    // A copy of a leaf, a constant's shape: all else is read in place.
-                    Some(view) => view,
-                    None => {
-                        self.anchors[id] = true;
-                        own
-                    }
+            if class(&node.op) != Class::Movement {
+                self.views[id] = Some(own);
+                continue;
+            }
+            let source = self.view(node.inputs[0]).clone();
+            let moved = match &node.op {
+                Op::Permute { axes } => Some(source.clone().permute(axes)),
+                Op::Broadcast => Some(source.clone().broadcast(&node.shape)),
+                Op::Slice { starts, ends } => Some(source.clone().slice(starts, ends)),
+                Op::Reshape => source.reshape(&node.shape),
+                _ => Some(source.clone()),
+            };
+            let view = match moved {
+                Some(view) if !self.anchors[id] => view,
+                // The order of elements is the reshaped value's own.
+                moved => {
+                    let order = moved.unwrap_or(source);
+                    let key = (order.root, order.offset, crate::view::merge(&order.dims));
+                    let first = *copies.entry(key).or_insert(id as NodeId);
+                    self.anchors[id] = first == id as NodeId;
+                    View::contiguous(first, &node.shape)
                 }
             };
             self.views[id] = Some(view);
