@@ -5,8 +5,8 @@
 //! are computed again in each unit that reads them rather than stored. Units are then merged along their operands and
 //! with siblings that read the same large tensor, as long as no third unit lies between them.
 
-use crate::module::{Class, Module, class, reduction};
 use crate::merge::Merger;
+use crate::module::{Class, Module, class, reduction};
 use crate::view::View;
 use clip_host_plugin_api::ir::{NodeId, Op, Unary};
 use std::collections::{BTreeSet, HashMap};
@@ -96,7 +96,7 @@ impl<'a> Fuser<'a> {
     /// Computes each node's view given the anchors so far; a movement that strides cannot express becomes an anchor.
     fn compute_views(&mut self) {
         // Copies by what they copy, in which order: the next one that wants the same reads the first.
-        let mut copies: HashMap<(NodeId, usize, Vec<(usize, usize)>), NodeId> = HashMap::new();
+        let mut copies: HashMap<View, NodeId> = HashMap::new();
         for (id, node) in self.module.nodes.iter().enumerate() {
             let own = View::contiguous(id as NodeId, &node.shape);
             if class(&node.op) != Class::Movement {
@@ -115,9 +115,8 @@ impl<'a> Fuser<'a> {
                 Some(view) if !self.anchors[id] => view,
                 // The order of elements is the reshaped value's own.
                 moved => {
-                    let order = moved.unwrap_or(source);
-                    let key = (order.root, order.offset, crate::view::merge(&order.dims));
-                    let first = *copies.entry(key).or_insert(id as NodeId);
+                    let order = moved.unwrap_or(source).order();
+                    let first = *copies.entry(order).or_insert(id as NodeId);
                     self.anchors[id] = first == id as NodeId;
                     View::contiguous(first, &node.shape)
                 }
@@ -213,13 +212,16 @@ impl<'a> Fuser<'a> {
             let mut ops = 1;
             let mut dear = matches!(
                 node.op,
-                Op::Random { .. } | Op::Unary(Unary::Exp | Unary::Ln | Unary::Tanh | Unary::Erf | Unary::Sin | Unary::Cos)
+                Op::Random { .. }
+                    | Op::Unary(Unary::Exp | Unary::Ln | Unary::Tanh | Unary::Erf | Unary::Sin | Unary::Cos)
             );
             let mut streams = BTreeSet::new();
             for &input in &node.inputs {
                 let root = self.view(input).root;
                 if self.anchors[root as usize] {
-                    if self.module.node(root).elements() >= LARGE && self.module.node(root).elements() * 2 > node.elements() {
+                    if self.module.node(root).elements() >= LARGE
+                        && self.module.node(root).elements() * 2 > node.elements()
+                    {
                         streams.insert(root);
                     }
                 } else if let Some((o, d, s)) = cost.get(&root) {

@@ -61,8 +61,12 @@ pub enum Store {
     /// Written in the space's order, or one for each row.
     Each,
     /// Summed over the rows of each segment (`segment` rows long): `[segments, cols]`.
-    SumRows { segment: usize },
-    MaxRows { segment: usize },
+    SumRows {
+        segment: usize,
+    },
+    MaxRows {
+        segment: usize,
+    },
     /// Summed over everything.
     SumAll,
     MaxAll,
@@ -123,11 +127,22 @@ pub struct Operand {
 pub enum Kernel {
     Fused(Fused),
     /// Any op with a kernel of its own; `inputs` are contiguous but for matmul's and copy's.
-    Own { op: Op, node: NodeId, inputs: Vec<Operand>, shape: Vec<usize> },
+    Own {
+        op: Op,
+        node: NodeId,
+        inputs: Vec<Operand>,
+        shape: Vec<usize>,
+    },
     /// Writes a strided view in contiguous order.
-    Copy { node: NodeId, input: Operand },
+    Copy {
+        node: NodeId,
+        input: Operand,
+    },
     /// Writes a leaf's new value at the end of the step.
-    Store { leaf: NodeId, value: Operand },
+    Store {
+        leaf: NodeId,
+        value: Operand,
+    },
 }
 
 impl Kernel {

@@ -70,15 +70,14 @@ struct Lowering<'a> {
     code: Vec<(Instr, Rank)>,
     outputs: Vec<(NodeId, Reg, Store)>,
     regs: HashMap<NodeId, Reg>,
-    loads: HashMap<(NodeId, usize, Vec<(usize, usize)>, Rank), Reg>,
+    loads: HashMap<(View, Rank), Reg>,
     made: HashMap<String, Reg>,
 }
 
 impl<'a> Lowering<'a> {
     fn new(module: &'a Module, fusion: &'a Fusion, unit: &'a Unit, space: Space) -> Option<Self> {
         let body: BTreeSet<NodeId> = unit.body.clone();
-        let sizes =
-            boundaries(module, |id| fusion.views.of(id), |id| fusion.anchors[id as usize], &body, space)?;
+        let sizes = boundaries(module, |id| fusion.views.of(id), |id| fusion.anchors[id as usize], &body, space)?;
         let mut lowering = Lowering {
             module,
             fusion,
@@ -221,7 +220,7 @@ impl<'a> Lowering<'a> {
         if let Some(&reg) = self.regs.get(&view.root) {
             return Some(reg);
         }
-        let key = (view.root, view.offset, merge(&view.dims), reader);
+        let key = (view.order(), reader);
         if let Some(&reg) = self.loads.get(&key) {
             return Some(reg);
         }

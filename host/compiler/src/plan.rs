@@ -81,13 +81,14 @@ fn plan(module: Module, fusion: Fusion) -> Result<Plan, CompileError> {
         let writer = graph.writer.get(&root).copied();
         let free = whole && class(&module.node(root).op) != Class::Leaf && !alias.contains_key(&root);
         match writer {
-            Some(writer) if free && may_write_in_place(&kernels[writer], leaf, root) && graph.order_readers(leaf, writer) => {
+            Some(writer)
+                if free && may_write_in_place(&kernels[writer], leaf, root) && graph.order_readers(leaf, writer) =>
+            {
                 alias.insert(root, Place { region: Region::Leaf(leaf), offset: 0 });
             }
             _ if root == leaf && whole => {}
             _ => {
-                let operand =
-                    Operand { source: root, offset: value_view.offset, dims: value_view.dims.clone() };
+                let operand = Operand { source: root, offset: value_view.offset, dims: value_view.dims.clone() };
                 copies.push(Kernel::Store { leaf, value: operand });
             }
         }
@@ -159,9 +160,11 @@ fn may_write_in_place(kernel: &Kernel, leaf: NodeId, root: NodeId) -> bool {
             // A row's value is read again by every tile of its row, unless tiles hold whole rows.
             let once = rank == Some(Rank::Full) || (rank == Some(Rank::Row) && fused.has_row_reductions());
             stores_points
-                && fused.inputs.iter().filter(|i| i.source == leaf).all(|i| {
-                    i.pattern == Pattern::Same && i.offset == 0 && Some(i.rank) == rank && once
-                })
+                && fused
+                    .inputs
+                    .iter()
+                    .filter(|i| i.source == leaf)
+                    .all(|i| i.pattern == Pattern::Same && i.offset == 0 && Some(i.rank) == rank && once)
         }
         Kernel::Own { op: Op::Scatter, inputs, .. } => {
             inputs[1..].iter().all(|i| i.source != leaf) && (inputs[0].source != leaf || inputs[0].offset == 0)

@@ -3,7 +3,7 @@
 use clip_host_plugin_api::ir::NodeId;
 
 /// A logical tensor inside the contiguous memory of `root`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct View {
     pub root: NodeId,
     pub offset: usize,
@@ -19,6 +19,11 @@ impl View {
 
     pub fn elements(&self) -> usize {
         self.dims.iter().map(|d| d.0).product()
+    }
+
+    /// The same elements in the same order, whatever their shape: equal for views that differ by reshapes only.
+    pub fn order(&self) -> Self {
+        View { root: self.root, offset: self.offset, dims: merge(&self.dims) }
     }
 
     /// Whether the elements lie one after the other (from `offset` on).

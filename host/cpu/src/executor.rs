@@ -129,8 +129,7 @@ impl Executor {
         for kernel in &plan.kernels {
             launches.push(match kernel {
                 Kernel::Fused(fused) => {
-                    let program =
-                        Program::new(fused, address).ok_or(ExecuteError::TooLong(fused.code.len()))?;
+                    let program = Program::new(fused, address).ok_or(ExecuteError::TooLong(fused.code.len()))?;
                     Launch::Fused(Box::new(program))
                 }
                 Kernel::Own { op, node, inputs, shape } => {
@@ -472,7 +471,8 @@ fn matmul(pool: &ThreadPool, a: &Operand, b: &Operand, left: &[f32], right: &[f3
     let (m, k, n) = (a.dims[rank - 2].0, a.dims[rank - 1].0, b.dims[rank - 1].0);
     let mut batch = [0usize; 8];
     let (mut a_batch, mut b_batch, mut c_batch) = ([0usize; 8], [0usize; 8], [0usize; 8]);
-    // Ones take no part; the kernel knows three batch dimensions.
+    // Ones take no part and neighbours that all three walk with one stride are one: the kernel knows three batch
+    // dimensions, and operands with more are contiguous.
     let mut used = 0;
     let mut c_stride = m * n;
     let mut c_strides = [0usize; 8];
@@ -480,14 +480,22 @@ fn matmul(pool: &ThreadPool, a: &Operand, b: &Operand, left: &[f32], right: &[f3
         c_strides[d] = c_stride;
         c_stride *= a.dims[d].0;
     }
-    for d in 0..rank - 2 {
-        if a.dims[d].0 != 1 {
-            batch[used] = a.dims[d].0;
-            a_batch[used] = a.dims[d].1;
-            b_batch[used] = b.dims[d].1;
-            c_batch[used] = c_strides[d];
-            used += 1;
+    let lead = a.dims[..rank - 2].iter().zip(&b.dims).zip(&c_strides);
+    for ((&(size, a_stride), &(_, b_stride)), &c_stride) in lead.filter(|((a, _), _)| a.0 != 1) {
+        if let Some(last) = used.checked_sub(1)
+            && [(a_batch[last], a_stride), (b_batch[last], b_stride), (c_batch[last], c_stride)]
+                .iter()
+                .all(|(outer, inner)| *outer == inner * size)
+        {
+            batch[last] *= size;
+            (a_batch[last], b_batch[last], c_batch[last]) = (a_stride, b_stride, c_stride);
+            continue;
         }
+        batch[used] = size;
+        a_batch[used] = a_stride;
+        b_batch[used] = b_stride;
+        c_batch[used] = c_stride;
+        used += 1;
     }
     let g = Gemm {
         m,

@@ -227,7 +227,10 @@ impl Program {
                 alive
             });
             let direct_output = self.outs.iter().position(|o| {
-                o.value == at && o.store == Store::Each && !o.integer && !read.iter().any(|r| r.block == o.address.block && o.address.block > 0)
+                o.value == at
+                    && o.store == Store::Each
+                    && !o.integer
+                    && !read.iter().any(|r| r.block == o.address.block && o.address.block > 0)
             });
             let once = match instr {
                 Instr::Load(i) => matches!(self.loads[*i].source, Source::Repeated),
@@ -306,7 +309,9 @@ impl Program {
                     unsafe { *memory.at(out.address) = total as f32 };
                 }
                 Store::MaxAll => {
-                    let top = partials[..self.tasks].iter().fold(f32::NEG_INFINITY, |m, &v| if v > m || v.is_nan() { v } else { m });
+                    let top = partials[..self.tasks]
+                        .iter()
+                        .fold(f32::NEG_INFINITY, |m, &v| if v > m || v.is_nan() { v } else { m });
                     // SAFETY: as above.
                     unsafe { *memory.at(out.address) = top };
                 }
@@ -369,7 +374,14 @@ impl Program {
 
     /// What is the same for all tiles of a task: scalars, repeated vectors, empty sums.
     #[inline(always)]
-    unsafe fn begin(&self, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, regs: &mut [Arg; MAX_CODE]) {
+    unsafe fn begin(
+        &self,
+        task: usize,
+        memory: Memory,
+        scratch: *mut f32,
+        partials: *mut f32,
+        regs: &mut [Arg; MAX_CODE],
+    ) {
         // SAFETY: addresses and slots come from the plan; the partial sums of a task are its own.
         unsafe {
             for (at, step) in self.steps.iter().enumerate() {
@@ -467,7 +479,9 @@ impl Program {
                         }
                     }
                     Instr::Index(factors) => self.index(factors, step.rank, tile, out),
-                    Instr::Random(stream) => tape::uniform(seed, *stream, if step.rank == Rank::Full { flat } else { row } as u64, out, n),
+                    Instr::Random(stream) => {
+                        tape::uniform(seed, *stream, if step.rank == Rank::Full { flat } else { row } as u64, out, n)
+                    }
                     Instr::RowSum(a) | Instr::RowMax(a) => {
                         let is_max = matches!(step.instr, Instr::RowMax(_));
                         if let Arg::Vector(a) = regs[*a] {

@@ -1,6 +1,9 @@
 //! Elementwise functions in f32, written without branches so that loops over them vectorise. Errors are a few units in
 //! the last place (measured in the tests against f64).
 
+// Coefficients stand as published.
+#![allow(clippy::excessive_precision)]
+
 /// eˣ: the argument is reduced by multiples of ln 2 to ±½ ln 2, where a polynomial of degree 6 is used (Cephes).
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {

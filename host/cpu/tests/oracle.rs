@@ -82,7 +82,9 @@ fn elementwise(g: &Graph, rng: &mut Rng) {
     let shape = rng.shape(rank);
     let (x, y) = (g.input("x", &shape, DType::F32), g.param("y", &shape, ZERO));
     let (p, q) = (g.input("pos.p", &shape, DType::F32), g.state("pos.q", &shape, ZERO));
-    for (i, op) in [Unary::Neg, Unary::Exp, Unary::Tanh, Unary::Erf, Unary::Sin, Unary::Cos, Unary::Abs].iter().enumerate() {
+    for (i, op) in
+        [Unary::Neg, Unary::Exp, Unary::Tanh, Unary::Erf, Unary::Sin, Unary::Cos, Unary::Abs].iter().enumerate()
+    {
         g.output(&format!("u{i}"), g.push(Op::Unary(*op), &[x], &[], DType::F32));
     }
     for (i, op) in [Unary::Ln, Unary::Sqrt, Unary::Recip].iter().enumerate() {

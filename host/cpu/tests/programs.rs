@@ -32,7 +32,13 @@ fn residual_blocks() {
         let case = Case::new(seed, |g, _| {
             let x = g.input("x", &[3, 3, 18, 14], DType::F32);
             let x = conv_bn(g, x, "stem", 8, 3, 2).relu();
-            let pool = Pool { kernel: [3; 2], stride: [2; 2], padding: [1; 2], count_include_pad: false, layout: Layout::Nchw };
+            let pool = Pool {
+                kernel: [3; 2],
+                stride: [2; 2],
+                padding: [1; 2],
+                count_include_pad: false,
+                layout: Layout::Nchw,
+            };
             let mut x = x.max_pool2d(pool);
             for block in 0..2 {
                 let y = conv_bn(g, x, &format!("b{block}.1"), 8, 1, 1).relu();
@@ -53,7 +59,8 @@ fn residual_blocks() {
 
 fn transformer_layer<'g>(g: &'g Graph, x: Tensor<'g>, mask: Tensor<'g>, heads: usize, dropout: f64) -> Tensor<'g> {
     let (b, t, d) = (x.size(0), x.size(1), x.size(2));
-    let matrix = |name: &str, out: usize, inner: usize| g.param(name, &[out, inner], ZERO) * (1.0 / (inner as f64).sqrt());
+    let matrix =
+        |name: &str, out: usize, inner: usize| g.param(name, &[out, inner], ZERO) * (1.0 / (inner as f64).sqrt());
     let vector = |name: &str, n: usize| g.param(name, &[n], ZERO);
     let split = |x: Tensor<'g>| x.reshape(&[b, t, heads, d / heads]).permute(&[0, 2, 1, 3]);
     let linear = |x: Tensor<'g>, name: &str, out: usize| {
@@ -70,7 +77,8 @@ fn transformer_layer<'g>(g: &'g Graph, x: Tensor<'g>, mask: Tensor<'g>, heads: u
 
 #[test]
 fn transformer() {
-    for (seed, (b, t, d, heads)) in [(2, 5, 8, 2), (3, 7, 12, 3), (1, 1, 4, 1), (4, 16, 64, 4)].into_iter().enumerate() {
+    for (seed, (b, t, d, heads)) in [(2, 5, 8, 2), (3, 7, 12, 3), (1, 1, 4, 1), (4, 16, 64, 4)].into_iter().enumerate()
+    {
         let case = Case::new(seed as u64, |g, _| {
             let ids = g.input("ids9", &[b, t], DType::I32);
             let lengths = g.input("pos.lengths", &[b, 1, 1, 1], DType::F32);
@@ -107,7 +115,8 @@ fn table_loss() {
         let mut case = Case::new(seed as u64, |g, _| {
             let (a, b) = (g.input("a", &[n, d], DType::F32), g.input("b", &[n, d], DType::F32));
             let ids = g.input("ids_given", &[n], DType::I32);
-            let (s, tau, u) = (g.state("s", &[rows], ZERO), g.state("pos.tau", &[rows], ZERO), g.state("u", &[rows], ZERO));
+            let (s, tau, u) =
+                (g.state("s", &[rows], ZERO), g.state("pos.tau", &[rows], ZERO), g.state("u", &[rows], ZERO));
             let sim = a.l2_normalize().matmul(b.l2_normalize().t());
             let off = g.eye(n).eq(0.0);
             let diff = sim - sim.diagonal().unsqueeze(1);
@@ -116,7 +125,9 @@ fn table_loss() {
             let old = s.gather(ids);
             let gamma = 0.8;
             let average = old * (1.0 - gamma) + weights.mean(&[1], false) * gamma;
-            let loss = (weights.detach() * diff * off / (average.unsqueeze(1).detach().abs() + 1.0)).sum(&[1], false).mean_all();
+            let loss = (weights.detach() * diff * off / (average.unsqueeze(1).detach().abs() + 1.0))
+                .sum(&[1], false)
+                .mean_all();
             let grad_tau = average.abs().ln() + 0.5 - (weights * diff / t).mean(&[1], false);
             let momentum = u.gather(ids) * 0.9 + grad_tau * 0.1;
             g.update(s, s.scatter(ids, average.detach()));
@@ -143,7 +154,10 @@ fn flat_update() {
         let case = Case::new(seed as u64, |g, _| {
             let flat = g.state("flat", &[total], ZERO);
             let (first, second) = (g.state("m", &[total], ZERO), g.state("pos.v", &[total], ZERO));
-            let (rate, decay) = (g.input("pos.rate", &[], DType::F32), g.literal((0..total).map(|i| f64::from(u8::from(i < m * n))).collect(), &[total], DType::F32));
+            let (rate, decay) = (
+                g.input("pos.rate", &[], DType::F32),
+                g.literal((0..total).map(|i| f64::from(u8::from(i < m * n))).collect(), &[total], DType::F32),
+            );
             let weight = flat.slice(0, 0, m * n).reshape(&[m, n]);
             let bias = flat.slice(0, m * n, m * n + n);
             let x = g.input("x", &[4, m], DType::F32);

@@ -123,7 +123,7 @@ impl<'g> Maker<'g, '_> {
             18 if rank < 5 => {
                 // Splits a dimension.
                 let n = shape[axis as usize];
-                let divisors: Vec<usize> = (1..=n).filter(|d| n % d == 0).collect();
+                let divisors: Vec<usize> = (1..=n).filter(|d| n.is_multiple_of(*d)).collect();
                 let d = self.rng.pick(&divisors);
                 let mut new = shape.clone();
                 new.splice(axis as usize..axis as usize + 1, [d, n / d]);
@@ -142,7 +142,8 @@ impl<'g> Maker<'g, '_> {
                 t.slice(axis, start, start + 1 + self.rng.below(n - start))
             }
             21 if rank > 0 && elements(&shape) * 3 <= self.limits.elements => {
-                let (before, after) = (0..rank).map(|_| (self.rng.below(2), self.rng.below(2))).unzip::<_, _, Vec<_>, Vec<_>>();
+                let (before, after) =
+                    (0..rank).map(|_| (self.rng.below(2), self.rng.below(2))).unzip::<_, _, Vec<_>, Vec<_>>();
                 let padded: usize = (0..rank).map(|d| shape[d] + before[d] + after[d]).product();
                 if padded <= self.limits.elements { t.pad(&before, &after, 0.25) } else { t.tanh() }
             }

@@ -169,12 +169,20 @@ fn movement() {
 #[test]
 fn matmul() {
     each(40, 2e-5, |g, rng| {
-        let rank = rng.below(4);
-        let lead = rng.shape(rank);
+        let rank = rng.below(5);
+        let lead: Vec<usize> = (0..rank).map(|_| 1 + rng.below(3)).collect();
         let (m, k, n) = (1 + rng.below(20), 1 + rng.below(20), 1 + rng.below(20));
         let shape = |tail: [usize; 2]| [lead.as_slice(), &tail].concat();
-        let a = if rng.below(2) == 0 { g.input("a", &shape([m, k]), DType::F32) } else { g.input("a", &shape([k, m]), DType::F32).t() };
-        let b = if rng.below(2) == 0 { g.input("b", &shape([k, n]), DType::F32) } else { g.input("b", &shape([n, k]), DType::F32).t() };
+        let a = if rng.below(2) == 0 {
+            g.input("a", &shape([m, k]), DType::F32)
+        } else {
+            g.input("a", &shape([k, m]), DType::F32).t()
+        };
+        let b = if rng.below(2) == 0 {
+            g.input("b", &shape([k, n]), DType::F32)
+        } else {
+            g.input("b", &shape([n, k]), DType::F32).t()
+        };
         g.output("y", a.matmul(b));
         if lead.is_empty() {
             let column = g.input("c", &[k, 1], DType::F32);
@@ -303,7 +311,8 @@ fn composites() {
         shape[rank - 1] = shape[rank - 1].max(3);
         let x = g.input("x", &shape, DType::F32);
         let last = shape[rank - 1];
-        let (gain, bias) = (g.param("gain", &[last], Init::Constant(1.0)), g.param("bias", &[last], Init::Constant(0.0)));
+        let (gain, bias) =
+            (g.param("gain", &[last], Init::Constant(1.0)), g.param("bias", &[last], Init::Constant(0.0)));
         match rng.below(6) {
             0 => g.output("y", x.softmax()),
             1 => g.output("y", x.log_softmax()),

@@ -1,7 +1,7 @@
 //! The node type of assembled programs: an IR op as a luminal operator.
 
 use clip_host_plugin_api::interpret::interpret;
-use clip_host_plugin_api::ir::{DType, Fragment, NodeId, Node, Op};
+use clip_host_plugin_api::ir::{DType, Fragment, Node, NodeId, Op};
 use luminal::op::{InputTensor, Operator};
 use luminal::shape::ShapeTracker;
 use luminal::tensor::Tensor;

@@ -257,14 +257,14 @@ impl Oracle<'_> {
         taps
     }
 
-    fn to_nchw(&mut self, x: &Value, layout: Layout) -> Value {
+    fn nchw(&mut self, x: &Value, layout: Layout) -> Value {
         match layout {
             Layout::Nchw => x.clone(),
             Layout::Nhwc => self.permute(x, &[0, 3, 1, 2]),
         }
     }
 
-    fn from_nchw(&mut self, x: &Value, layout: Layout) -> Value {
+    fn laid_out(&mut self, x: &Value, layout: Layout) -> Value {
         match layout {
             Layout::Nchw => x.clone(),
             Layout::Nhwc => self.permute(x, &[0, 2, 3, 1]),
@@ -300,7 +300,7 @@ impl Oracle<'_> {
     }
 
     /// The inverse: rows of one group placed among all channels of `shape`.
-    fn from_group_rows(&mut self, rows: &Value, group: usize, shape: [usize; 4]) -> Value {
+    fn ungrouped(&mut self, rows: &Value, group: usize, shape: [usize; 4]) -> Value {
         let [n, c, h, w] = shape;
         let size = rows.shape[0];
         let part = self.permute(&rows.reshaped(&[size, n, h, w]), &[1, 0, 2, 3]);
@@ -308,7 +308,7 @@ impl Oracle<'_> {
     }
 
     fn conv2d(&mut self, x: &Value, weight: &Value, conv: &Conv, out: &[usize]) -> Value {
-        let x = self.to_nchw(x, conv.layout);
+        let x = self.nchw(x, conv.layout);
         let shape = conv.layout.axes().map(|a| out[a]);
         let mut y = None;
         for tap in self.taps(&Window::of_conv(conv, &x.shape, &weight.shape, &shape)) {
@@ -317,16 +317,16 @@ impl Oracle<'_> {
                 let weight = self.tap_weight(weight, conv, group, tap.at);
                 let rows = self.group_rows(&seen, conv.groups, group);
                 let part = self.matrix_product(&weight, &rows);
-                let part = self.from_group_rows(&part, group, shape);
+                let part = self.ungrouped(&part, group, shape);
                 self.accumulate(&mut y, part);
             }
         }
         let y = self.total(y, &shape);
-        self.from_nchw(&y, conv.layout)
+        self.laid_out(&y, conv.layout)
     }
 
     fn conv2d_input_grad(&mut self, grad: &Value, weight: &Value, conv: &Conv, out: &[usize]) -> Value {
-        let grad = self.to_nchw(grad, conv.layout);
+        let grad = self.nchw(grad, conv.layout);
         let shape = conv.layout.axes().map(|a| out[a]);
         let [n, c, _, _] = shape;
         let mut dx = None;
@@ -336,18 +336,18 @@ impl Oracle<'_> {
                 let weight = self.transposed(&weight);
                 let rows = self.group_rows(&grad, conv.groups, group);
                 let part = self.matrix_product(&weight, &rows);
-                let part = self.from_group_rows(&part, group, [n, c, grad.shape[2], grad.shape[3]]);
+                let part = self.ungrouped(&part, group, [n, c, grad.shape[2], grad.shape[3]]);
                 let (rows, cols) = (self.transposed(&tap.rows), self.transposed(&tap.cols));
                 let part = self.select_window(&part, &rows, &cols);
                 self.accumulate(&mut dx, part);
             }
         }
         let dx = self.total(dx, &shape);
-        self.from_nchw(&dx, conv.layout)
+        self.laid_out(&dx, conv.layout)
     }
 
     fn conv2d_weight_grad(&mut self, x: &Value, grad: &Value, conv: &Conv, out: &[usize]) -> Value {
-        let (x, grad) = (self.to_nchw(x, conv.layout), self.to_nchw(grad, conv.layout));
+        let (x, grad) = (self.nchw(x, conv.layout), self.nchw(grad, conv.layout));
         let per_group = out[0] / conv.groups;
         let mut dw = None;
         for tap in self.taps(&Window::of_conv(conv, &x.shape, out, &grad.shape)) {
@@ -395,16 +395,16 @@ impl Oracle<'_> {
     }
 
     fn max_pool2d(&mut self, x: &Value, pool: &Pool, out: &[usize]) -> Value {
-        let x = self.to_nchw(x, pool.layout);
+        let x = self.nchw(x, pool.layout);
         let shape = pool.layout.axes().map(|a| out[a]);
         let taps = self.taps(&Window::of_pool(pool, &x.shape, &shape));
         let views = self.pool_views(&x, &taps, &shape);
         let y = self.pool_max(&views, &shape);
-        self.from_nchw(&y, pool.layout)
+        self.laid_out(&y, pool.layout)
     }
 
     fn max_pool2d_grad(&mut self, x: &Value, grad: &Value, pool: &Pool) -> Value {
-        let (x, grad) = (self.to_nchw(x, pool.layout), self.to_nchw(grad, pool.layout));
+        let (x, grad) = (self.nchw(x, pool.layout), self.nchw(grad, pool.layout));
         let shape = four(&grad.shape);
         let taps = self.taps(&Window::of_pool(pool, &x.shape, &shape));
         let views = self.pool_views(&x, &taps, &shape);
@@ -422,7 +422,7 @@ impl Oracle<'_> {
             self.accumulate(&mut dx, part);
         }
         let dx = self.total(dx, &x.shape);
-        self.from_nchw(&dx, pool.layout)
+        self.laid_out(&dx, pool.layout)
     }
 
     /// The transpose of a tap's selection.
@@ -444,7 +444,7 @@ impl Oracle<'_> {
     }
 
     fn avg_pool2d(&mut self, x: &Value, pool: &Pool, out: &[usize]) -> Value {
-        let x = self.to_nchw(x, pool.layout);
+        let x = self.nchw(x, pool.layout);
         let shape = pool.layout.axes().map(|a| out[a]);
         let taps = self.taps(&Window::of_pool(pool, &x.shape, &shape));
         let mut y = None;
@@ -454,11 +454,11 @@ impl Oracle<'_> {
         }
         let (sum, weights) = (self.total(y, &shape), self.pool_weights(pool, &taps, &shape));
         let y = self.mul(&sum, &weights);
-        self.from_nchw(&y, pool.layout)
+        self.laid_out(&y, pool.layout)
     }
 
     fn avg_pool2d_grad(&mut self, grad: &Value, pool: &Pool, out: &[usize]) -> Value {
-        let grad = self.to_nchw(grad, pool.layout);
+        let grad = self.nchw(grad, pool.layout);
         let (shape, input) = (four(&grad.shape), pool.layout.axes().map(|a| out[a]));
         let taps = self.taps(&Window::of_pool(pool, &input, &shape));
         let weights = self.pool_weights(pool, &taps, &shape);
@@ -469,7 +469,7 @@ impl Oracle<'_> {
             self.accumulate(&mut dx, part);
         }
         let dx = self.total(dx, &input);
-        self.from_nchw(&dx, pool.layout)
+        self.laid_out(&dx, pool.layout)
     }
 
     /// `[ids, n]`: 1 where an id is the column.

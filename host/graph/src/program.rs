@@ -49,8 +49,10 @@ impl Program {
         // A projected parameter is read through its projection, except by the projection itself.
         let projected: HashMap<NodeId, NodeId> = fragment.projections.iter().copied().collect();
         let inside = projection_cone(fragment);
-        let order: Vec<usize> =
-            (0..fragment.nodes.len()).filter(|&i| inside[i]).chain((0..fragment.nodes.len()).filter(|&i| !inside[i])).collect();
+        let order: Vec<usize> = (0..fragment.nodes.len())
+            .filter(|&i| inside[i])
+            .chain((0..fragment.nodes.len()).filter(|&i| !inside[i]))
+            .collect();
         let mut placed: Vec<Option<NodeIndex>> = vec![None; fragment.nodes.len()];
         for index in order {
             let node = &fragment.nodes[index];
@@ -130,8 +132,11 @@ impl Program {
     pub fn verify(&self, pass: &str) -> Result<(), ProgramError> {
         let linear = linearize(&self.graph, &self.roots());
         for (id, node) in linear.nodes.iter().enumerate() {
-            verify_node(node, |i| &linear.nodes[i as usize])
-                .map_err(|error| ProgramError::Verify { pass: pass.into(), node: id as NodeId, error })?;
+            verify_node(node, |i| &linear.nodes[i as usize]).map_err(|error| ProgramError::Verify {
+                pass: pass.into(),
+                node: id as NodeId,
+                error,
+            })?;
         }
         Ok(())
     }
