@@ -473,7 +473,7 @@ fn matmul(pool: &ThreadPool, a: &Operand, b: &Operand, left: &[f32], right: &[f3
     let (mut a_batch, mut b_batch, mut c_batch) = ([0usize; 8], [0usize; 8], [0usize; 8]);
     // Ones take no part and neighbours that all three walk with one stride are one: the kernel knows three batch
     // dimensions, and operands with more are contiguous.
-    let mut used = 0;
+    let mut used = 0usize;
     let mut c_stride = m * n;
     let mut c_strides = [0usize; 8];
     for d in (0..rank - 2).rev() {
