@@ -67,6 +67,8 @@ impl Decoder {
             return Err(BadSample::new(SkipCause::TruncatedImage, "the JPEG has no end-of-image mark"));
         }
         let bad = |e: zune_jpeg::errors::DecodeErrors| BadSample::new(SkipCause::CorruptImage, format!("JPEG: {e}"));
+        let reordered = tables_before_frame(file);
+        let file = reordered.as_deref().unwrap_or(file);
         let options = DecoderOptions::default().set_max_width(MAX_SIDE).set_max_height(MAX_SIDE);
         let mut decoder = JpegDecoder::new_with_options(ZCursor::new(file), options);
         decoder.decode_headers().map_err(bad)?;
@@ -222,6 +224,35 @@ fn from_inverted_cmyk(cmyk: &[u8], rgb: &mut [u8]) {
     }
 }
 
+/// The file with its frame header moved behind the quantisation tables, if it stands before one.
+///
+/// The standard lets tables follow the frame header, and some encoders write them so; the decoder looks tables up when it
+/// reads the frame header and would take empty ones.
+fn tables_before_frame(file: &[u8]) -> Option<Vec<u8>> {
+    let mut frame: Option<std::ops::Range<usize>> = None;
+    let mut late_table = false;
+    let mut at = 2;
+    loop {
+        let [0xff, marker, high, low] = *file.get(at..at + 4)? else { return None };
+        // Fill bytes before a marker.
+        if marker == 0xff {
+            at += 1;
+            continue;
+        }
+        let end = at + 2 + usize::from(u16::from_be_bytes([high, low]));
+        match marker {
+            0xc0..=0xc2 => frame = Some(at..end),
+            0xdb => late_table |= frame.is_some(),
+            0xda => break,
+            _ => {}
+        }
+        at = end;
+    }
+    let frame = frame.filter(|_| late_table)?;
+    let parts = [&file[..frame.start], &file[frame.end..at], &file[frame.clone()], &file[at..]];
+    Some(parts.concat())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -249,6 +280,19 @@ mod tests {
         assert_eq!(pixels(png(ColorType::GrayscaleAlpha, BitDepth::Eight, 1, &[9, 0])), [9, 9, 9]);
         assert_eq!(pixels(png(ColorType::Rgb, BitDepth::Sixteen, 1, &[1, 99, 2, 99, 3, 99])), [1, 2, 3]);
         assert_eq!(pixels(png(ColorType::Rgba, BitDepth::Eight, 1, &[1, 2, 3, 0])), [1, 2, 3]);
+    }
+
+    /// The sample data's own encoder writes the frame header first.
+    #[test]
+    fn tables_may_follow_the_frame_header() {
+        let pixels: Vec<u8> = (0..32 * 32).flat_map(|i| [(i % 32 * 8) as u8, (i / 32 * 8) as u8, 60]).collect();
+        let mut file = Vec::new();
+        jpeg_encoder::Encoder::new(&mut file, 90).encode(&pixels, 32, 32, jpeg_encoder::ColorType::Rgb).unwrap();
+        let frame = file.windows(2).position(|w| w == [0xff, 0xc0]).unwrap();
+        assert!(file[frame..].windows(2).any(|w| w == [0xff, 0xdb]), "the encoder has changed its order");
+        let image = decode(&file).unwrap();
+        let worst = image.pixels.iter().zip(&pixels).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        assert!(worst < 40, "{worst}");
     }
 
     #[test]
