@@ -17,6 +17,8 @@ pub enum CompileError {
     Program(#[from] ProgramError),
     #[error(transparent)]
     Lower(#[from] LowerError),
+    #[error("{op} gives {shape:?}, which has no elements (hint: every size must be at least 1)")]
+    Empty { op: &'static str, shape: Vec<usize> },
     #[error("the compiler made a plan that reads %{0} before it is written")]
     Schedule(NodeId),
 }
@@ -58,6 +60,9 @@ pub fn compile(program: &mut Program) -> Result<Plan, CompileError> {
     program.run("decompose", crate::decompose::Decompose)?;
     program.run("simplify", crate::simplify::Simplify)?;
     let module = Module::read(program);
+    if let Some(node) = module.nodes.iter().find(|n| n.elements() == 0) {
+        return Err(CompileError::Empty { op: node.op.name(), shape: node.shape.clone() });
+    }
     let fusion = fuse(&module);
     plan(module, fusion)
 }
