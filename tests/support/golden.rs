@@ -6,7 +6,7 @@
 
 use safetensors::{Dtype, SafeTensors};
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// One case of `tests/golden`.
 pub struct Case {
@@ -17,17 +17,15 @@ pub struct Case {
 }
 
 impl Case {
-    /// Reads `tests/golden/<family>/<name>.safetensors`; the including crate lies three folders below the workspace.
+    /// Reads `tests/golden/<family>/<name>.safetensors`; the including crate lies anywhere in the workspace.
     pub fn load(family: &str, name: &str) -> Self {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/golden");
-        let read = |path: &Path| std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        let manifest: serde_json::Value = serde_json::from_slice(&read(&root.join("manifest.json"))).unwrap();
+        let root = folder();
+        let manifest = std::fs::read(root.join("manifest.json")).expect("the manifest can be read");
+        let manifest: serde_json::Value = serde_json::from_slice(&manifest).expect("the manifest is JSON");
         let cases = manifest["cases"].as_array().unwrap();
         let entry = cases.iter().find(|c| c["family"] == family && c["name"] == name);
         let entry = entry.unwrap_or_else(|| panic!("no case {family}/{name} in the manifest")).clone();
-        let bytes = read(&root.join(family).join(format!("{name}.safetensors")));
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let tensors = file.iter().map(|(key, view)| (key.to_string(), to_f64(view.dtype(), view.data()))).collect();
+        let tensors = read_tensors(&root.join(family).join(format!("{name}.safetensors")));
         Case { name: name.into(), entry, tensors }
     }
 
@@ -67,6 +65,20 @@ impl Case {
     pub fn compare_step(&self, name: &str, step: usize, got: &[f64], tolerance: f64) {
         close(&format!("{} {name} at step {step}", self.name), got, self.step(name, step), tolerance);
     }
+}
+
+/// The folder of all golden files.
+pub fn folder() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders = manifest.ancestors().map(|folder| folder.join("tests/golden"));
+    folders.find(|folder| folder.is_dir()).expect("the crate lies in the workspace")
+}
+
+/// The elements of all tensors of a safetensors file.
+pub fn read_tensors(path: &Path) -> HashMap<String, Vec<f64>> {
+    let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file = SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    file.iter().map(|(key, view)| (key.to_string(), to_f64(view.dtype(), view.data()))).collect()
 }
 
 /// Fails unless |x − y| <= tolerance·max(1, max|y|) for all elements. NaN fails.

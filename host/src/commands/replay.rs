@@ -6,8 +6,8 @@
 use crate::cli::{KindArg, ReplayArgs};
 use crate::error::CliError;
 use crate::output;
-use clip_host_model::Part;
 use clip_host_model::replay::{self, Data, Tensor, Tensors};
+use clip_host_model::{ModelError, Part};
 use clip_host_plugin_api::describe::Kind;
 use clip_host_plugin_api::scheduler::Progress;
 use clip_host_plugins::Registry;
@@ -20,11 +20,24 @@ pub fn run(args: &ReplayArgs) -> Result<(), CliError> {
     let part = part(args)?;
     let input = read(&args.input)?;
     let output = match args.kind {
-        KindArg::Loss => replay::loss(&part, &input)?,
-        KindArg::Optimizer => replay::optimizer(&part, args.weight_decay, &input)?,
-        KindArg::Encoder => replay::encoder(&part, &input)?,
-        KindArg::Scheduler => replay::scheduler(&part, &progress(args), &input)?,
+        KindArg::Loss => replay::loss(&part, &input),
+        KindArg::Optimizer => replay::optimizer(&part, args.weight_decay, &input),
+        KindArg::Encoder => replay::encoder(&part, &input),
+        KindArg::Scheduler => replay::scheduler(&part, &progress(args), &input),
     };
+    let output = output.map_err(|error| match error {
+        ModelError::Replay(problem) => {
+            let hint = "`clip-host replay --help` lists the tensors of each kind of plugin";
+            failed("use", &args.input, problem, hint)
+        }
+        error @ ModelError::TensorSize { .. } => failed(
+            "use",
+            &args.input,
+            error,
+            "sizes follow from the plugin's settings: give the file's own with --config",
+        ),
+        error => error.into(),
+    })?;
     write(&args.output, &output)?;
     output::line(&format!("{} tensors from {}: {}", output.len(), part.plugin, args.output.display()))
 }

@@ -1,0 +1,318 @@
+//! Golden numbers through `clip-host replay`: each first-party plugin, loaded from its library and run by the compiler and
+//! the kernels that training uses, against what the public reference implementations compute.
+
+use clip_host_tests::fixtures::target;
+use clip_host_tests::golden::{Case, folder, read_tensors};
+use clip_host_tests::host::run;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+/// What `replay` writes for a golden case.
+fn replay(kind: &str, id: &str, family: &str, case: &str, config: &str, more: &[&str]) -> HashMap<String, Vec<f64>> {
+    let input = folder().join(family).join(format!("{case}.safetensors"));
+    // One file a case and option: tests run side by side.
+    let name = format!("replay-{kind}-{case}-{}.safetensors", more.join("").replace(['-', '.'], ""));
+    let output = target().join(name);
+    let (input, path) = (input.to_string_lossy(), output.to_string_lossy());
+    let args = ["replay", kind, id, "--config", config, "--in", &input, "--out", &path];
+    run(Path::new("."), &[&args[..], more].concat()).done();
+    let tensors = read_tensors(&output);
+    std::fs::remove_file(&output).expect("the output was written");
+    tensors
+}
+
+/// A tolerance of the manifest: |x − y| <= absolute + relative·max|y|.
+#[derive(Clone, Copy)]
+struct Tolerance {
+    absolute: f64,
+    relative: f64,
+}
+
+impl Tolerance {
+    /// The case's own, or one of its special ones.
+    fn of(case: &Case, special: Option<&str>) -> Tolerance {
+        let tolerance = &case.entry["tolerance"];
+        let tolerance = special.and_then(|name| tolerance.get(name)).unwrap_or(tolerance);
+        let number = |name: &str| tolerance[name].as_f64().expect("tolerances are numbers");
+        Tolerance { absolute: number("absolute"), relative: number("relative") }
+    }
+
+    /// Compares step by step; `steps` is 1 for tensors without steps.
+    #[track_caller]
+    fn compare(self, what: &str, steps: usize, got: &[f64], expected: &[f64]) {
+        assert_eq!(got.len(), expected.len(), "{what}: number of elements");
+        let width = (expected.len() / steps).max(1);
+        for (step, (got, expected)) in got.chunks(width).zip(expected.chunks(width)).enumerate() {
+            let bound = self.absolute + self.relative * expected.iter().fold(0.0f64, |max, y| max.max(y.abs()));
+            for (i, (x, y)) in got.iter().zip(expected).enumerate() {
+                assert!(
+                    (x - y).abs() <= bound,
+                    "{what}, step {step}, element {i}: expected {y}, got {x} (± {bound:e})"
+                );
+            }
+        }
+    }
+}
+
+/// The case's tensors that a plugin has to answer with: all outputs and states but those in `absent`.
+fn expected<'c>(case: &'c Case, absent: &[&str]) -> Vec<&'c str> {
+    let tensors = case.entry["tensors"].as_object().expect("cases have tensors");
+    let answer = |name: &str| tensors[name]["role"] == "output" || tensors[name]["role"] == "state";
+    for name in absent {
+        assert!(tensors.contains_key(*name), "case {} has no `{name}` to be left out", case.name);
+    }
+    let names: Vec<&str> =
+        tensors.keys().map(String::as_str).filter(|name| answer(name) && !absent.contains(name)).collect();
+    assert!(!names.is_empty());
+    names
+}
+
+#[track_caller]
+fn get<'t>(got: &'t HashMap<String, Vec<f64>>, case: &Case, name: &str) -> &'t [f64] {
+    got.get(name).unwrap_or_else(|| panic!("{}: no `{name}` among {:?}", case.name, got.keys()))
+}
+
+/// Replays a loss and compares every answer of the case but those in `absent`.
+fn loss(id: &str, name: &str, config: &str, absent: &[&str]) -> (Case, HashMap<String, Vec<f64>>) {
+    let case = Case::load("losses", name);
+    let got = replay("loss", id, "losses", name, config, &[]);
+    for tensor in expected(&case, absent) {
+        let special = tensor.starts_with("state.tau").then_some("tau_tensors");
+        let what = format!("{name} {tensor}");
+        let values = get(&got, &case, tensor);
+        Tolerance::of(&case, special).compare(&what, case.count("steps"), values, case.tensor(tensor));
+    }
+    (case, got)
+}
+
+#[test]
+fn loss_clip() {
+    for name in ["clip", "clip_temp001", "edge_identical_clip", "edge_tiny_tau_clip", "edge_batch2_clip"] {
+        let temperature = Case::load("losses", name).number("temperature");
+        loss("clip", name, &format!("(temperature: {temperature})"), &[]);
+    }
+    loss(
+        "clip",
+        "clip_learnable_temperature",
+        r#"(mode: "learnable", min_temperature: 0.001, max_temperature: 0.5)"#,
+        &[],
+    );
+    loss("clip", "clip_logit_scale", r#"(mode: "logit_scale")"#, &[]);
+    loss("clip", "clip_personalized_tau", r#"(mode: "personalized")"#, &[]);
+}
+
+#[test]
+fn loss_isogclr() {
+    for name in ["isogclr", "isogclr_eta", "edge_identical_isogclr", "edge_tiny_tau_isogclr", "edge_batch2_isogclr"] {
+        let case = Case::load("losses", name);
+        let settings = [
+            ("gamma", "gamma"),
+            ("tau_init", "tau_init"),
+            ("rho_image", "rho_I"),
+            ("rho_text", "rho_T"),
+            ("eta", "eta"),
+            ("beta_u", "beta_u"),
+            ("grad_clip", "grad_clip"),
+            ("tau_min", "tau_min"),
+            ("tau_max", "tau_max"),
+            ("eps", "eps"),
+        ];
+        let settings = settings.map(|(key, name)| format!("{key}: {:e}", case.number(name)));
+        // Per batch row or under another name; compared below.
+        let others = ["tau_image", "tau_text", "temp_weight_image_mean", "temp_weight_text_mean"];
+        let (case, got) = loss("isogclr", name, &format!("({})", settings.join(", ")), &others);
+        let steps = case.count("steps");
+        for (metric, tensor) in
+            [("image_tau_grad", "temp_weight_image_mean"), ("text_tau_grad", "temp_weight_text_mean")]
+        {
+            let values = get(&got, &case, metric);
+            Tolerance::of(&case, None).compare(&format!("{name} {metric}"), steps, values, case.tensor(tensor));
+        }
+        // The temperatures used at a step are those of the batch's samples after the step before.
+        let strict = Tolerance::of(&case, Some("tau_tensors"));
+        for (table, ids, used) in [("state.tau_I", "image_ids", "tau_image"), ("state.tau_T", "text_ids", "tau_text")] {
+            let table = get(&got, &case, table);
+            let size = table.len() / steps;
+            for step in 0..steps {
+                let tau = |id: &f64| match step {
+                    0 => case.number("tau_init"),
+                    _ => table[(step - 1) * size + *id as usize],
+                };
+                let values: Vec<f64> = case.step(ids, step).iter().map(tau).collect();
+                strict.compare(&format!("{name} {used} at step {step}"), 1, &values, case.step(used, step));
+            }
+        }
+    }
+}
+
+#[test]
+fn loss_dynamic_temperature() {
+    for name in ["dynamic_temperature", "dynamic_temperature_clamped"] {
+        let case = Case::load("losses", name);
+        let settings =
+            ["initial_tau", "alpha", "min_tau", "max_tau"].map(|key| format!("{key}: {:e}", case.number(key)));
+        // Its temperature follows a rule and is no parameter: there is no gradient of it.
+        loss("dynamic_temperature", name, &format!("({})", settings.join(", ")), &["grad_tau"]);
+    }
+}
+
+/// Replays an optimizer and compares parameters after each step and the states after the last.
+fn optimizer(id: &str, name: &str, config: &str) {
+    let case = Case::load("optimizers", name);
+    let decay = case.entry["hyperparameters"]["weight_decay_per_parameter"]["p0"].as_f64().unwrap_or(0.0);
+    let got = replay("optimizer", id, "optimizers", name, config, &["--weight-decay", &decay.to_string()]);
+    compare_optimizer(&case, &got, &[]);
+}
+
+fn compare_optimizer(case: &Case, got: &HashMap<String, Vec<f64>>, absent: &[&str]) {
+    for tensor in expected(case, absent) {
+        // The manifest says both bounds; that of states in words.
+        let (tolerance, steps) = match tensor.starts_with("state.") {
+            true => (Tolerance { absolute: 1e-8, relative: 2e-5 }, 1),
+            false => (Tolerance::of(case, None), case.count("steps")),
+        };
+        let what = format!("{} {tensor}", case.name);
+        tolerance.compare(&what, steps, get(got, case, tensor), case.tensor(tensor));
+    }
+}
+
+#[test]
+fn optimizer_adamw() {
+    for name in ["adamw", "adamw_wd"] {
+        optimizer("adamw", name, "()");
+    }
+    for name in ["adamw_amsgrad", "adamw_amsgrad_wd"] {
+        optimizer("adamw", name, "(amsgrad: true)");
+    }
+}
+
+#[test]
+fn optimizer_radam() {
+    for name in ["radam_seed", "radam_seed_wd"] {
+        optimizer("radam", name, r#"(variant: "original")"#);
+    }
+    for name in ["radam_torch", "radam_torch_wd"] {
+        optimizer("radam", name, r#"(variant: "torch")"#);
+    }
+}
+
+/// In the authors' code p3's group has a tenth of the rate, but moves with the first group's step size: only its decay is
+/// by the tenth. A tenth of the decay at the full rate is the same.
+#[test]
+fn optimizer_radam_with_a_shared_step_size() {
+    let case = Case::load("optimizers", "radam_seed_shared_buffer");
+    let replay = |decay: &str| {
+        let more = ["--weight-decay", decay];
+        replay("optimizer", "radam", "optimizers", "radam_seed_shared_buffer", "()", &more)
+    };
+    compare_optimizer(&case, &replay("0.02"), &["param_after.p3"]);
+    compare_optimizer(&case, &replay("0.002"), &["param_after.p0", "param_after.p2"]);
+}
+
+/// Replays a scheduler and compares all rates.
+fn scheduler(id: &str, name: &str, config: &str, more: &[&str]) {
+    let case = Case::load("schedulers", name);
+    let lr = case.number("lr").to_string();
+    let got = replay("scheduler", id, "schedulers", name, config, &[&["--lr", &lr][..], more].concat());
+    let tolerance = Tolerance::of(&case, None);
+    let (got, expected) = (get(&got, &case, "lr"), case.tensor("lr"));
+    // Each rate by itself: a peak must not hide what is near zero.
+    tolerance.compare(name, expected.len(), got, expected);
+}
+
+#[test]
+fn scheduler_cosine() {
+    let studies =
+        r#"unit: "epoch", warmup_epochs: 5.0, warmup_lr: 1e-5, min_lr: 1e-6, t_initial: 30.0, cycle_limit: 1"#;
+    scheduler("cosine", "cosine_clip_defaults", &format!("({studies})"), &["--epochs", "30"]);
+    for (name, steps) in [("cosine_seed_loop", 620), ("cosine_seed_loop_short_epoch", 230)] {
+        let config = format!("({studies}, warmup_step_size: 100, steps_per_epoch: {steps})");
+        scheduler("cosine", name, &config, &["--epochs", "30"]);
+    }
+    for (name, prefix) in [("cosine_restarts", true), ("cosine_restarts_no_prefix", false)] {
+        let config = format!(
+            r#"(unit: "epoch", warmup_epochs: 3.0, warmup_lr: 1e-5, warmup_prefix: {prefix}, min_lr: 1e-6,
+               t_initial: 4.0, t_mul: 2.0, decay_rate: 0.5, cycle_limit: 3)"#
+        );
+        scheduler("cosine", name, &config, &["--epochs", "36"]);
+    }
+}
+
+#[test]
+fn scheduler_of_open_clip() {
+    let config = "(warmup_steps: 20, warmup_counts_from_one: true)";
+    scheduler("cosine", "openclip_cosine", config, &["--total-steps", "150", "--epochs", "150"]);
+    scheduler("constant", "openclip_const", config, &["--total-steps", "150", "--epochs", "150"]);
+}
+
+/// Replays an encoder and compares outputs, all gradients and running statistics; returns how many tensors of each mode.
+fn encoder(id: &str, name: &str, config: &str) -> BTreeMap<&'static str, usize> {
+    let case = Case::load("encoders", name);
+    let got = replay("encoder", id, "encoders", name, config, &[]);
+    let tolerance = Tolerance::of(&case, None);
+    let mut counts = BTreeMap::new();
+    for tensor in expected(&case, &[]) {
+        let (mut values, mut golden) = (get(&got, &case, tensor).to_vec(), case.tensor(tensor).to_vec());
+        if tensor.ends_with("last_hidden_state") {
+            // What stands at padded positions means nothing, in the reference neither.
+            let mask = case.tensor("input.attention_mask");
+            assert!(mask.contains(&0.0), "the case has padding");
+            let width = golden.len() / mask.len();
+            for values in [&mut values, &mut golden] {
+                values
+                    .iter_mut()
+                    .enumerate()
+                    .filter(|(i, _)| mask[i / width] == 0.0)
+                    .for_each(|(_, value)| *value = 0.0);
+            }
+        }
+        tolerance.compare(&format!("{name} {tensor}"), 1, &values, &golden);
+        let kind = ["eval.grad.", "train.grad.", "train.buffer_after.", "eval.output.", "train.output."];
+        if let Some(kind) = kind.into_iter().find(|kind| tensor.starts_with(kind)) {
+            *counts.entry(kind).or_default() += 1;
+        }
+    }
+    counts
+}
+
+#[test]
+fn encoder_resnet() {
+    for (name, config) in [
+        ("resnet_basic", r#"(block: "basic", layers: (1, 2, 1, 1), channels: (8, 12, 16, 20))"#),
+        ("resnet_bottleneck", r#"(block: "bottleneck", layers: (1, 2, 1, 1), channels: (6, 8, 10, 12))"#),
+    ] {
+        let counts = encoder("resnet", name, config);
+        assert_eq!((counts["eval.output."], counts["train.output."]), (1, 1));
+        assert_eq!(counts["eval.grad."], counts["train.grad."]);
+        assert!(counts["eval.grad."] > 40 && counts["train.buffer_after."] > 40, "{counts:?}");
+    }
+}
+
+#[test]
+fn encoder_distilbert() {
+    let config = "(vocab_size: 97, max_position_embeddings: 20, dim: 32, hidden_dim: 64, n_heads: 4, n_layers: 2, \
+                  dropout: 0.0, attention_dropout: 0.0)";
+    let counts = encoder("distilbert", "distilbert", config);
+    assert!(counts["eval.grad."] > 30, "{counts:?}");
+}
+
+/// What is missing or of another size is told by name.
+#[test]
+fn a_file_that_does_not_fit_is_refused() {
+    let at = |family: &str, case: &str| folder().join(family).join(format!("{case}.safetensors"));
+    let output = target().join("replay-refused.safetensors");
+    let replay = |kind: &str, id: &str, config: &str, input: &Path| {
+        let (input, output) = (input.to_string_lossy(), output.to_string_lossy());
+        run(Path::new("."), &["replay", kind, id, "--config", config, "--in", &input, "--out", &output])
+    };
+    replay("loss", "clip", "()", &at("optimizers", "adamw")).refused(&["image_features", "param_init.p0"]);
+    replay("encoder", "resnet", "()", &at("encoders", "resnet_basic")).refused(&[
+        "layer1.0.conv1.weight",
+        "expected 4096",
+        "--config",
+    ]);
+    replay("loss", "clip", "(temprature: 0.1)", &at("losses", "clip")).refused(&["temprature", "temperature"]);
+    replay("loss", "clipp", "()", &at("losses", "clip")).refused(&["clipp", "`clip`"]);
+    replay("loss", "clip", "()", Path::new("nowhere.safetensors")).refused(&["nowhere.safetensors"]);
+    assert!(!output.exists(), "a refusal writes nothing");
+}
