@@ -67,8 +67,8 @@ impl Decoder {
             return Err(BadSample::new(SkipCause::TruncatedImage, "the JPEG has no end-of-image mark"));
         }
         let bad = |e: zune_jpeg::errors::DecodeErrors| BadSample::new(SkipCause::CorruptImage, format!("JPEG: {e}"));
-        let reordered = tables_before_frame(file);
-        let file = reordered.as_deref().unwrap_or(file);
+        let renumbered = standard_component_ids(file);
+        let file = renumbered.as_deref().unwrap_or(file);
         let options = DecoderOptions::default().set_max_width(MAX_SIDE).set_max_height(MAX_SIDE);
         let mut decoder = JpegDecoder::new_with_options(ZCursor::new(file), options);
         decoder.decode_headers().map_err(bad)?;
@@ -224,33 +224,46 @@ fn from_inverted_cmyk(cmyk: &[u8], rgb: &mut [u8]) {
     }
 }
 
-/// The file with its frame header moved behind the quantisation tables, if it stands before one.
+/// The file with its components numbered 1, 2, 3 as JFIF has them, if there are three with other numbers.
 ///
-/// The standard lets tables follow the frame header, and some encoders write them so; the decoder looks tables up when it
-/// reads the frame header and would take empty ones.
-fn tables_before_frame(file: &[u8]) -> Option<Vec<u8>> {
-    let mut frame: Option<std::ops::Range<usize>> = None;
-    let mut late_table = false;
+/// The JPEG standard leaves the numbers free and some encoders count from 0; the decoder would take the luma for a
+/// chroma plane. Files whose numbers spell RGB are left alone: their colours are told by them.
+fn standard_component_ids(file: &[u8]) -> Option<Vec<u8>> {
+    let mut renumbered: Option<(Vec<u8>, [u8; 3])> = None;
     let mut at = 2;
-    loop {
-        let [0xff, marker, high, low] = *file.get(at..at + 4)? else { return None };
-        // Fill bytes before a marker.
-        if marker == 0xff {
-            at += 1;
-            continue;
-        }
+    while let Some(&[0xff, marker, high, low]) = file.get(at..at + 4).and_then(|m| m.first_chunk::<4>()) {
         let end = at + 2 + usize::from(u16::from_be_bytes([high, low]));
-        match marker {
-            0xc0..=0xc2 => frame = Some(at..end),
-            0xdb => late_table |= frame.is_some(),
-            0xda => break,
-            _ => {}
+        match (marker, &mut renumbered) {
+            // Fill bytes before a marker; restart marks and the end carry no length.
+            (0xff, _) => at += 1,
+            (0xd0..=0xd9, _) => at += 2,
+            (0xc0..=0xc2, None) => {
+                let [3, components @ ..] = file.get(at + 9..end)? else { return None };
+                let ids = [*components.first()?, *components.get(3)?, *components.get(6)?];
+                if ids == [1, 2, 3] || ids == *b"RGB" {
+                    return None;
+                }
+                let mut copy = file.to_vec();
+                (0..3).for_each(|i| copy[at + 10 + 3 * i] = i as u8 + 1);
+                renumbered = Some((copy, ids));
+                at = end;
+            }
+            (0xda, Some((copy, ids))) => {
+                for i in 0..usize::from(*file.get(at + 4)?) {
+                    let place = at + 5 + 2 * i;
+                    let component = ids.iter().position(|id| file.get(place) == Some(id))?;
+                    copy[place] = component as u8 + 1;
+                }
+                // The scan's data end at the next marker; a zero after 0xff is data, so are restart marks.
+                at = end;
+                while file.get(at + 1).is_some_and(|&next| file[at] != 0xff || matches!(next, 0 | 0xd0..=0xd7)) {
+                    at += 1;
+                }
+            }
+            _ => at = end,
         }
-        at = end;
     }
-    let frame = frame.filter(|_| late_table)?;
-    let parts = [&file[..frame.start], &file[frame.end..at], &file[frame.clone()], &file[at..]];
-    Some(parts.concat())
+    renumbered.map(|r| r.0)
 }
 
 #[cfg(test)]
@@ -282,17 +295,28 @@ mod tests {
         assert_eq!(pixels(png(ColorType::Rgba, BitDepth::Eight, 1, &[1, 2, 3, 0])), [1, 2, 3]);
     }
 
-    /// The sample data's own encoder writes the frame header first.
+    /// The sample data's own encoder counts components from 0.
     #[test]
-    fn tables_may_follow_the_frame_header() {
+    fn components_may_have_any_numbers() {
         let pixels: Vec<u8> = (0..32 * 32).flat_map(|i| [(i % 32 * 8) as u8, (i / 32 * 8) as u8, 60]).collect();
-        let mut file = Vec::new();
-        jpeg_encoder::Encoder::new(&mut file, 90).encode(&pixels, 32, 32, jpeg_encoder::ColorType::Rgb).unwrap();
-        let frame = file.windows(2).position(|w| w == [0xff, 0xc0]).unwrap();
-        assert!(file[frame..].windows(2).any(|w| w == [0xff, 0xdb]), "the encoder has changed its order");
-        let image = decode(&file).unwrap();
-        let worst = image.pixels.iter().zip(&pixels).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
-        assert!(worst < 40, "{worst}");
+        for (sampling, progressive) in [
+            (jpeg_encoder::SamplingFactor::F_1_1, false),
+            (jpeg_encoder::SamplingFactor::F_2_2, false),
+            (jpeg_encoder::SamplingFactor::F_2_2, true),
+        ] {
+            let mut file = Vec::new();
+            let mut encoder = jpeg_encoder::Encoder::new(&mut file, 90);
+            encoder.set_sampling_factor(sampling);
+            encoder.set_progressive(progressive);
+            encoder.set_restart_interval(2);
+            encoder.encode(&pixels, 32, 32, jpeg_encoder::ColorType::Rgb).unwrap();
+            let start = if progressive { 0xc2 } else { 0xc0 };
+            let frame = file.windows(2).position(|w| w == [0xff, start]).unwrap();
+            assert_eq!(file[frame + 10], 0, "the encoder has changed its numbers");
+            let image = decode(&file).unwrap();
+            let worst = image.pixels.iter().zip(&pixels).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+            assert!(worst < 40, "{sampling:?} {progressive}: {worst}");
+        }
     }
 
     #[test]
