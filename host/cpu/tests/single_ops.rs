@@ -337,5 +337,8 @@ fn composites() {
 fn tensors_without_elements_are_refused() {
     let case = Case::new(0, |g, _| g.output("y", g.input("x", &[0, 3], DType::F32) * 2.0)).forward_only();
     let error = clip_host_compiler::plan::compile(&mut case.program()).err().map(|e| e.to_string());
-    assert_eq!(error.as_deref(), Some("input gives [0, 3], which has no elements (hint: every size must be at least 1)"));
+    assert_eq!(
+        error.as_deref(),
+        Some("input gives [0, 3], which has no elements (hint: every size must be at least 1)")
+    );
 }
