@@ -11,7 +11,8 @@ use std::marker::PhantomData;
 pub trait Encoder: Plugin {
     /// Feature rows `[batch, features]`; the host adds the linear head and normalises. Further results may be named
     /// with `graph.output`. In training mode batch statistics are used and `graph.update` moves the running ones.
-    fn build<'g>(config: &Self::Config, graph: &'g Graph, inputs: &EncoderInputs<'g>) -> Result<Tensor<'g>, BuildError>;
+    fn build<'g>(config: &Self::Config, graph: &'g Graph, inputs: &EncoderInputs<'g>)
+    -> Result<Tensor<'g>, BuildError>;
 }
 
 /// What the host gives an encoder.

@@ -10,8 +10,9 @@ use crate::scheduler::ScheduleRequest;
 use abi_stable::prefix_type::PrefixTypeTrait;
 use abi_stable::std_types::{RResult, RStr, RString};
 use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
 /// What the host may ask. Requests are only ever appended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -64,6 +65,27 @@ pub fn log(level: u8, text: &str) {
 extern "C" fn set_log(log: Log) {
     // A second host in one process keeps the first one's log.
     let _ = LOG.set(log);
+    keep_panics_quiet();
+}
+
+thread_local! {
+    /// Whether this thread is inside [`guard`].
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+    /// Where the newest guarded panic happened.
+    static PLACE: Cell<Option<String>> = const { Cell::new(None) };
+}
+
+/// Has a guarded panic remember its place instead of printing it: the host tells it as an error. A library has a standard
+/// library of its own, and so a panic hook that the host's does not reach.
+fn keep_panics_quiet() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| match GUARDED.get() {
+            true => PLACE.set(panic.location().map(ToString::to_string)),
+            false => before(panic),
+        }));
+    });
 }
 
 /// The version of the plugin's crate, set by [`crate::export_plugin`].
@@ -77,21 +99,26 @@ extern "C" fn describe<V: Versioned>() -> RResult<RString, RString> {
 
 extern "C" fn answer<E: Entry>(request: RStr<'_>) -> RResult<RString, RString> {
     guard(|| {
-        let request = serde_json::from_str(request.as_str())
-            .map_err(|e| BuildError::new(format!("the request is not one that this plugin (ABI {ABI_VERSION}) knows: {e}")))?;
+        let request = serde_json::from_str(request.as_str()).map_err(|e| {
+            BuildError::new(format!("the request is not one that this plugin (ABI {ABI_VERSION}) knows: {e}"))
+        })?;
         E::answer(request)
     })
 }
 
 /// Runs plugin code so that neither an error nor a panic leaves it as anything but text.
 fn guard(f: impl FnOnce() -> Result<String, BuildError>) -> RResult<RString, RString> {
-    match catch_unwind(AssertUnwindSafe(f)) {
+    let outer = GUARDED.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(f));
+    GUARDED.set(outer);
+    match result {
         Ok(Ok(text)) => RResult::ROk(text.into()),
         Ok(Err(error)) => RResult::RErr(error.to_string().into()),
         Err(panic) => {
             let text = panic.downcast_ref::<&str>().map(|s| s.to_string());
             let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-            RResult::RErr(format!("the plugin panicked: {text}").into())
+            let place = PLACE.take().map(|place| format!(" (at {place})")).unwrap_or_default();
+            RResult::RErr(format!("the plugin panicked: {text}{place}").into())
         }
     }
 }

@@ -59,9 +59,10 @@ pub fn rule<'g>(
                 // Equal arguments share the gradient evenly, as PyTorch.
                 Binary::Maximum => [want(0).then(|| g * first_share(b, a)), want(1).then(|| g * first_share(a, b))],
                 Binary::Minimum => [want(0).then(|| g * first_share(a, b)), want(1).then(|| g * first_share(b, a))],
-                Binary::Pow => {
-                    [want(0).then(|| g * b * a.pow(b - 1.0)), want(1).then(|| g * y * a.maximum(f64::MIN_POSITIVE).ln())]
-                }
+                Binary::Pow => [
+                    want(0).then(|| g * b * a.pow(b - 1.0)),
+                    want(1).then(|| g * y * a.maximum(f64::MIN_POSITIVE).ln()),
+                ],
             };
             Ok(pair.into())
         }
@@ -152,15 +153,12 @@ pub fn rule<'g>(
             // One multiply-add of g and x with per-channel factors: dx = gain·rstd·(g − mean(g) − x̂·mean(g·x̂)).
             let dx = (gain * rstd) * (g - sum * mean - normalised * (dot * mean));
             let size = [x[1].size(0)];
-            Ok(vec![
-                want(0).then_some(dx),
-                want(1).then(|| dot.reshape(&size)),
-                want(2).then(|| sum.reshape(&size)),
-            ])
+            Ok(vec![want(0).then_some(dx), want(1).then(|| dot.reshape(&size)), want(2).then(|| sum.reshape(&size))])
         }
         Op::Gelu => {
             let cdf = ((x[0] * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5;
-            let density = (x[0] * x[0] * -0.5).exp() * (0.5 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2);
+            let density =
+                (x[0] * x[0] * -0.5).exp() * (0.5 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2);
             one(g * (cdf + x[0] * density))
         }
         Op::L2Normalize { eps } => {

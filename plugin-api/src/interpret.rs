@@ -51,9 +51,7 @@ fn evaluate(
                 value.clone()
             }
             (op, _) if op.is_composite() => composite(fragment, node, &results)?,
-            (Op::Random { stream }, _) => {
-                (0..node.elements()).map(|i| uniform(seed, *stream, i as u64)).collect()
-            }
+            (Op::Random { stream }, _) => (0..node.elements()).map(|i| uniform(seed, *stream, i as u64)).collect(),
             _ => {
                 let inputs: Vec<(&[f64], &[usize])> = node
                     .inputs
@@ -164,9 +162,9 @@ fn primitive(node: &Node, inputs: &[(&[f64], &[usize])]) -> Result<Vec<f64>, Int
         Op::Sum { .. } => reduce(out, x, in_shape, 0.0, |a, b| a + b),
         Op::Max { .. } => reduce(out, x, in_shape, f64::NEG_INFINITY, f64::max),
         Op::Reshape | Op::Detach | Op::Cast => x.to_vec(),
-        Op::Permute { axes } => remap(out, x, in_shape, |index, d| {
-            axes.iter().position(|&a| a == d).map_or(0, |position| index[position])
-        }),
+        Op::Permute { axes } => {
+            remap(out, x, in_shape, |index, d| axes.iter().position(|&a| a == d).map_or(0, |position| index[position]))
+        }
         Op::Broadcast => remap(out, x, in_shape, |index, d| if in_shape[d] == 1 { 0 } else { index[d] }),
         Op::Slice { starts, .. } => remap(out, x, in_shape, |index, d| index[d] + starts[d]),
         Op::Pad { before, value, .. } => {

@@ -146,10 +146,13 @@ pub fn infer(op: &Op, inputs: &[Type], declared: &[usize], dtype: DType) -> Resu
             }
             shape[*axis] = 0;
             for (other, _) in inputs {
-                let fits =
-                    other.len() == x.len() && (0..x.len()).all(|d| d == *axis || other.get(d) == Some(&x[d]));
+                let fits = other.len() == x.len() && (0..x.len()).all(|d| d == *axis || other.get(d) == Some(&x[d]));
                 if !fits {
-                    return Err(wrong(op, format!("shapes equal but for axis {axis}"), format!("{:?}", shapes(inputs))));
+                    return Err(wrong(
+                        op,
+                        format!("shapes equal but for axis {axis}"),
+                        format!("{:?}", shapes(inputs)),
+                    ));
                 }
                 shape[*axis] += other[*axis];
             }
@@ -158,8 +161,7 @@ pub fn infer(op: &Op, inputs: &[Type], declared: &[usize], dtype: DType) -> Resu
         Op::Matmul => {
             let b = inputs[1].0;
             let rank = x.len();
-            let fits =
-                rank >= 2 && b.len() == rank && x[..rank - 2] == b[..rank - 2] && x[rank - 1] == b[rank - 2];
+            let fits = rank >= 2 && b.len() == rank && x[..rank - 2] == b[..rank - 2] && x[rank - 1] == b[rank - 2];
             if !fits {
                 return Err(wrong(op, "[…, m, k] and […, k, n]", format!("{x:?} and {b:?}")));
             }
@@ -223,7 +225,9 @@ pub fn infer(op: &Op, inputs: &[Type], declared: &[usize], dtype: DType) -> Resu
             let fits = size.is_some() && inputs[1..].iter().all(|i| i.0.len() == 1 && Some(i.0[0]) == size);
             match fits {
                 true => same(x),
-                false => Err(wrong(op, "gain and bias as long as the normalised axis", format!("{:?}", shapes(inputs)))),
+                false => {
+                    Err(wrong(op, "gain and bias as long as the normalised axis", format!("{:?}", shapes(inputs))))
+                }
             }
         }
     }
@@ -235,7 +239,11 @@ fn shapes<'a>(inputs: &[Type<'a>]) -> Vec<&'a [usize]> {
 
 fn conv_output(op: &Op, conv: &Conv, x: &[usize], weight: &[usize]) -> Result<Shape, ShapeError> {
     if x.len() != 4 || weight.len() != 4 || conv.groups == 0 {
-        return Err(wrong(op, "a 4-D input, a 4-D weight and groups ≥ 1", format!("{x:?}, {weight:?}, {}", conv.groups)));
+        return Err(wrong(
+            op,
+            "a 4-D input, a 4-D weight and groups ≥ 1",
+            format!("{x:?}, {weight:?}, {}", conv.groups),
+        ));
     }
     let [n, c, h, w] = conv.layout.axes().map(|a| x[a]);
     if c != weight[1] * conv.groups || !weight[0].is_multiple_of(conv.groups) {
@@ -258,7 +266,11 @@ fn pool_output(op: &Op, pool: &Pool, x: &[usize]) -> Result<Shape, ShapeError> {
     }
     let [n, c, h, w] = pool.layout.axes().map(|a| x[a]);
     if (0..2).any(|d| pool.padding[d] * 2 > pool.kernel[d]) {
-        return Err(wrong(op, "padding of at most half the kernel", format!("{:?} for {:?}", pool.padding, pool.kernel)));
+        return Err(wrong(
+            op,
+            "padding of at most half the kernel",
+            format!("{:?} for {:?}", pool.padding, pool.kernel),
+        ));
     }
     let size = |d: usize, input: usize| {
         window_output(input, pool.kernel[d], pool.stride[d], pool.padding[d], 1)
@@ -315,8 +327,8 @@ pub fn verify(fragment: &Fragment) -> Result<(), FragmentError> {
 /// Checks one node against its inputs.
 pub fn verify_node<'a>(node: &Node, input: impl Fn(u32) -> &'a Node) -> Result<(), FragmentError> {
     let inputs: Vec<Type> = node.inputs.iter().map(|&i| (input(i).shape.as_slice(), input(i).dtype)).collect();
-    let (shape, dtype) = infer(&node.op, &inputs, &node.shape, node.dtype)
-        .map_err(|error| FragmentError::Shape { node: 0, error })?;
+    let (shape, dtype) =
+        infer(&node.op, &inputs, &node.shape, node.dtype).map_err(|error| FragmentError::Shape { node: 0, error })?;
     if (shape.as_slice(), dtype) != (node.shape.as_slice(), node.dtype) {
         return Err(FragmentError::Stated {
             node: 0,
@@ -345,7 +357,8 @@ fn verify_references(fragment: &Fragment) -> Result<(), FragmentError> {
             return Err(FragmentError::Reference { what, node: *id, why });
         }
     }
-    let pairs = fragment.updates.iter().map(|p| ("update", p)).chain(fragment.projections.iter().map(|p| ("projection", p)));
+    let pairs =
+        fragment.updates.iter().map(|p| ("update", p)).chain(fragment.projections.iter().map(|p| ("projection", p)));
     let mut targets = std::collections::HashSet::new();
     for (what, &(target, value)) in pairs {
         let (to, from) = (node(what.into(), target)?, node(what.into(), value)?);

@@ -45,7 +45,8 @@ impl Harness {
     pub fn new(fragment: Fragment) -> Self {
         let mut values = HashMap::new();
         for node in &fragment.nodes {
-            if let Op::Param { name, init: Init::Constant(v) } | Op::State { name, init: Init::Constant(v) } = &node.op {
+            if let Op::Param { name, init: Init::Constant(v) } | Op::State { name, init: Init::Constant(v) } = &node.op
+            {
                 values.insert(name.clone(), vec![*v; node.elements()]);
             }
         }
@@ -53,7 +54,12 @@ impl Harness {
     }
 
     /// The fragment of a loss.
-    pub fn loss<L: Loss>(config: &L::Config, batch: usize, embed_dim: usize, dataset_size: usize) -> Result<Self, BuildError> {
+    pub fn loss<L: Loss>(
+        config: &L::Config,
+        batch: usize,
+        embed_dim: usize,
+        dataset_size: usize,
+    ) -> Result<Self, BuildError> {
         let config = serde_json::to_value(config).map_err(|e| BuildError::new(e.to_string()))?;
         Ok(Self::new(loss::build::<L>(&LossRequest { config, batch, embed_dim, dataset_size })?))
     }

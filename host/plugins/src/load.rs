@@ -1,6 +1,6 @@
 //! From a library file to a checked table of functions.
 //!
-//! The order of the checks: the file is read and hashed; the system opens it; it has the root symbol; its abi_stable and
+//! The order of the checks: the file is read and hashed; it is whole; the system opens it; it has the root symbol; its abi_stable and
 //! C ABI are ours; its table has our layout; its ABI version is ours; it describes itself. Libraries are never unloaded:
 //! what they handed out (functions, statics, thread-local destructors) may be in use until the process ends.
 
@@ -61,16 +61,55 @@ impl Contents {
     pub(crate) fn may_be_plugin(&self) -> bool {
         memchr::memmem::find(&self.bytes, ROOT_MODULE_LOADER_NAME.as_bytes()).is_some()
     }
+
+    /// How long an ELF file would have to be, if it is shorter: a copy that was cut. The system maps such a file all the
+    /// same, and the process dies of SIGBUS at the first touch of what is not there. None for whole files and for other
+    /// formats, whose loaders check by themselves.
+    fn cut(&self) -> Option<u64> {
+        let bytes = &self.bytes;
+        // 64 bits, little-endian.
+        if !bytes.starts_with(b"\x7fELF\x02\x01") {
+            return None;
+        }
+        let number = |at: u64, width: usize| -> Option<u64> {
+            let at = usize::try_from(at).ok()?;
+            let mut number = [0; 8];
+            number[..width].copy_from_slice(bytes.get(at..at.checked_add(width)?)?);
+            Some(u64::from_le_bytes(number))
+        };
+        const HEADER: u64 = 64;
+        let needed = || -> Option<u64> {
+            let (table, entry, count) = (number(0x20, 8)?, number(0x36, 2)?, number(0x38, 2)?);
+            let mut needed = table.saturating_add(entry * count);
+            for i in 0..count {
+                // Offset and size of a segment in the file; a table that is cut ends the search.
+                let header = table.saturating_add(i * entry);
+                let (Some(offset), Some(size)) =
+                    (number(header.saturating_add(8), 8), number(header.saturating_add(32), 8))
+                else {
+                    break;
+                };
+                needed = needed.max(offset.saturating_add(size));
+            }
+            Some(needed)
+        };
+        let needed = needed().unwrap_or(HEADER);
+        (needed > bytes.len() as u64).then_some(needed)
+    }
 }
 
 /// Loads the plugin in `file`. Blocks for a few milliseconds; the library stays in memory for good.
 pub fn load(file: &Path) -> Result<Plugin, LoadError> {
     let contents = read(file)?;
-    open(file, contents.sha256)
+    open(file, contents)
 }
 
 /// Loads a file that was read and hashed.
-pub(crate) fn open(file: &Path, sha256: String) -> Result<Plugin, LoadError> {
+pub(crate) fn open(file: &Path, contents: Contents) -> Result<Plugin, LoadError> {
+    if let Some(needed) = contents.cut() {
+        let message = format!("{} of {needed} bytes: the file is cut short", contents.bytes.len());
+        return Err(LoadError::NotALibrary { file: file.into(), message });
+    }
     // A bare file name would make the system search its library path instead of the working folder.
     let path = file.canonicalize().map_err(|error| LoadError::Unreadable { file: file.into(), error })?;
     let module = module(&path).map_err(|error| error.into_load_error(file))?;
@@ -79,7 +118,7 @@ pub(crate) fn open(file: &Path, sha256: String) -> Result<Plugin, LoadError> {
     }
     (module.set_log())(Log { line: forward });
     let descriptor = describe(module).map_err(|message| LoadError::Describe { file: file.into(), message })?;
-    Ok(Plugin::new(descriptor, file.into(), sha256, module.answer()))
+    Ok(Plugin::new(descriptor, file.into(), contents.sha256, module.answer()))
 }
 
 /// What stands in the way of a library's function table.

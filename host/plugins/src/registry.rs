@@ -158,7 +158,7 @@ impl Registry {
                 let known = self.loaded().plugins.iter().find(|plugin| plugin.sha256() == contents.sha256);
                 match known {
                     Some(plugin) => plugin.clone(),
-                    None => Arc::new(load::open(path, contents.sha256).map_err(Arc::new)?),
+                    None => Arc::new(load::open(path, contents).map_err(Arc::new)?),
                 }
             }
         };
@@ -222,7 +222,7 @@ impl Registry {
             if !seen.insert(contents.sha256.clone()) {
                 continue;
             }
-            match load::open(file, contents.sha256) {
+            match load::open(file, contents) {
                 Ok(plugin) => {
                     tracing::debug!("loaded {plugin}");
                     plugins.push(Arc::new(plugin));
