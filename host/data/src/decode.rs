@@ -67,8 +67,9 @@ impl Decoder {
             return Err(BadSample::new(SkipCause::TruncatedImage, "the JPEG has no end-of-image mark"));
         }
         let bad = |e: zune_jpeg::errors::DecodeErrors| BadSample::new(SkipCause::CorruptImage, format!("JPEG: {e}"));
-        let renumbered = standard_component_ids(file);
-        let file = renumbered.as_deref().unwrap_or(file);
+        if has_separate_scans(file) {
+            return self.separate_scans(file, out);
+        }
         let options = DecoderOptions::default().set_max_width(MAX_SIDE).set_max_height(MAX_SIDE);
         let mut decoder = JpegDecoder::new_with_options(ZCursor::new(file), options);
         decoder.decode_headers().map_err(bad)?;
@@ -96,6 +97,29 @@ impl Decoder {
                 from_inverted_cmyk(&self.scratch, &mut out.pixels);
             }
             _ => from_inverted_cmyk(&self.scratch, &mut out.pixels),
+        }
+        Ok(())
+    }
+
+    /// Sequential JPEGs with a scan for each component: zune-jpeg 0.5 mixes up their planes where chroma is subsampled.
+    fn separate_scans(&mut self, file: &[u8], out: &mut RgbImage) -> Result<(), BadSample> {
+        let bad = |e: jpeg_decoder::Error| BadSample::new(SkipCause::CorruptImage, format!("JPEG: {e}"));
+        let mut decoder = jpeg_decoder::Decoder::new(file);
+        decoder.set_max_decoding_buffer_size(4 * MAX_PIXELS);
+        decoder.read_info().map_err(bad)?;
+        let Some(info) = decoder.info() else {
+            return Err(BadSample::new(SkipCause::CorruptImage, "JPEG: no frame header"));
+        };
+        check_size(info.width.into(), info.height.into())?;
+        let pixels = decoder.decode().map_err(bad)?;
+        out.resize_to(info.width.into(), info.height.into());
+        match info.pixel_format {
+            jpeg_decoder::PixelFormat::L8 => from_grey(&pixels, 1, &mut out.pixels),
+            jpeg_decoder::PixelFormat::RGB24 => out.pixels.copy_from_slice(&pixels),
+            jpeg_decoder::PixelFormat::CMYK32 => from_inverted_cmyk(&pixels, &mut out.pixels),
+            jpeg_decoder::PixelFormat::L16 => {
+                return Err(BadSample::new(SkipCause::UnsupportedImage, "a JPEG with 16 bits a sample"));
+            }
         }
         Ok(())
     }
@@ -224,46 +248,24 @@ fn from_inverted_cmyk(cmyk: &[u8], rgb: &mut [u8]) {
     }
 }
 
-/// The file with its components numbered 1, 2, 3 as JFIF has them, if there are three with other numbers.
-///
-/// The JPEG standard leaves the numbers free and some encoders count from 0; the decoder would take the luma for a
-/// chroma plane. Files whose numbers spell RGB are left alone: their colours are told by them.
-fn standard_component_ids(file: &[u8]) -> Option<Vec<u8>> {
-    let mut renumbered: Option<(Vec<u8>, [u8; 3])> = None;
+/// Whether a sequential JPEG's first scan holds fewer components than its frame.
+fn has_separate_scans(file: &[u8]) -> bool {
+    let mut components = None;
     let mut at = 2;
     while let Some(&[0xff, marker, high, low]) = file.get(at..at + 4).and_then(|m| m.first_chunk::<4>()) {
-        let end = at + 2 + usize::from(u16::from_be_bytes([high, low]));
-        match (marker, &mut renumbered) {
-            // Fill bytes before a marker; restart marks and the end carry no length.
-            (0xff, _) => at += 1,
-            (0xd0..=0xd9, _) => at += 2,
-            (0xc0..=0xc2, None) => {
-                let [3, components @ ..] = file.get(at + 9..end)? else { return None };
-                let ids = [*components.first()?, *components.get(3)?, *components.get(6)?];
-                if ids == [1, 2, 3] || ids == *b"RGB" {
-                    return None;
-                }
-                let mut copy = file.to_vec();
-                (0..3).for_each(|i| copy[at + 10 + 3 * i] = i as u8 + 1);
-                renumbered = Some((copy, ids));
-                at = end;
+        match marker {
+            // Fill bytes before a marker.
+            0xff => {
+                at += 1;
+                continue;
             }
-            (0xda, Some((copy, ids))) => {
-                for i in 0..usize::from(*file.get(at + 4)?) {
-                    let place = at + 5 + 2 * i;
-                    let component = ids.iter().position(|id| file.get(place) == Some(id))?;
-                    copy[place] = component as u8 + 1;
-                }
-                // The scan's data end at the next marker; a zero after 0xff is data, so are restart marks.
-                at = end;
-                while file.get(at + 1).is_some_and(|&next| file[at] != 0xff || matches!(next, 0 | 0xd0..=0xd7)) {
-                    at += 1;
-                }
-            }
-            _ => at = end,
+            0xc0 | 0xc1 => components = file.get(at + 9).copied(),
+            0xda => return components.is_some_and(|n| file.get(at + 4).is_some_and(|&scan| scan < n)),
+            _ => {}
         }
+        at += 2 + usize::from(u16::from_be_bytes([high, low]));
     }
-    renumbered.map(|r| r.0)
+    false
 }
 
 #[cfg(test)]
@@ -295,27 +297,23 @@ mod tests {
         assert_eq!(pixels(png(ColorType::Rgba, BitDepth::Eight, 1, &[1, 2, 3, 0])), [1, 2, 3]);
     }
 
-    /// The sample data's own encoder counts components from 0.
+    /// The sample data's own encoder writes a scan for each component.
     #[test]
-    fn components_may_have_any_numbers() {
-        let pixels: Vec<u8> = (0..32 * 32).flat_map(|i| [(i % 32 * 8) as u8, (i / 32 * 8) as u8, 60]).collect();
-        for (sampling, progressive) in [
-            (jpeg_encoder::SamplingFactor::F_1_1, false),
-            (jpeg_encoder::SamplingFactor::F_2_2, false),
-            (jpeg_encoder::SamplingFactor::F_2_2, true),
-        ] {
-            let mut file = Vec::new();
-            let mut encoder = jpeg_encoder::Encoder::new(&mut file, 90);
-            encoder.set_sampling_factor(sampling);
-            encoder.set_progressive(progressive);
-            encoder.set_restart_interval(2);
-            encoder.encode(&pixels, 32, 32, jpeg_encoder::ColorType::Rgb).unwrap();
-            let start = if progressive { 0xc2 } else { 0xc0 };
-            let frame = file.windows(2).position(|w| w == [0xff, start]).unwrap();
-            assert_eq!(file[frame + 10], 0, "the encoder has changed its numbers");
-            let image = decode(&file).unwrap();
-            let worst = image.pixels.iter().zip(&pixels).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
-            assert!(worst < 40, "{sampling:?} {progressive}: {worst}");
+    fn a_scan_for_each_component() {
+        let colours = [[250u8, 20, 30], [20, 240, 40], [30, 50, 230], [240, 230, 40]];
+        let pixels: Vec<u8> = (0..64 * 64).flat_map(|i| colours[i % 64 / 32 + 2 * (i / 64 / 32)]).collect();
+        for sampling in [jpeg_encoder::SamplingFactor::F_1_1, jpeg_encoder::SamplingFactor::F_2_2] {
+            for optimized in [false, true] {
+                let mut file = Vec::new();
+                let mut encoder = jpeg_encoder::Encoder::new(&mut file, 90);
+                encoder.set_sampling_factor(sampling);
+                encoder.set_optimized_huffman_tables(optimized);
+                encoder.encode(&pixels, 64, 64, jpeg_encoder::ColorType::Rgb).unwrap();
+                assert_eq!(has_separate_scans(&file), optimized, "the encoder has changed its scans");
+                let image = decode(&file).unwrap();
+                let total: u32 = image.pixels.iter().zip(&pixels).map(|(a, b)| u32::from(a.abs_diff(*b))).sum();
+                assert!(total < 5 * pixels.len() as u32, "{sampling:?} {optimized}: {total}");
+            }
         }
     }
 
