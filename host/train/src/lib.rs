@@ -6,7 +6,7 @@
 //! 2. [`run_folder`]: where everything goes;
 //! 3. [`train_loop`]: steps, evaluations, checkpoints;
 //! 4. [`evaluate`]: retrieval over the held-out pairs;
-//! 5. [`progress`] shows, [`metrics`] records, [`checkpoint`] saves and restores, [`report`] draws.
+//! 5. [`progress`] shows, [`metrics`] and [`tensorboard`] record, [`checkpoint`] saves and restores, [`report`] draws.
 //!
 //! What a run computes is a function of its recipe, its data and its plugins: a run that was killed at any instant and
 //! resumed ends with the same bits as one that was not, tables of the loss included.
@@ -20,6 +20,7 @@ pub mod metrics;
 pub mod progress;
 pub mod report;
 pub mod run_folder;
+pub mod tensorboard;
 #[cfg(test)]
 mod testing;
 pub mod train_loop;

@@ -34,18 +34,24 @@ impl Metrics {
         Ok(Metrics { file, path: path.to_path_buf() })
     }
 
-    /// Appends a line in one write. Numbers that JSON cannot hold (NaN) become `null`.
+    /// Appends a line in one write, and returns it. Numbers that JSON cannot hold (NaN) become `null`.
     ///
     /// # Errors
     /// [`TrainError::Io`]: a full disk, above all.
-    pub fn append(&mut self, step: u64, epoch: u64, values: impl IntoIterator<Item = (String, f64)>) -> Result<()> {
+    pub fn append(
+        &mut self,
+        step: u64,
+        epoch: u64,
+        values: impl IntoIterator<Item = (String, f64)>,
+    ) -> Result<Map<String, Value>> {
         let mut line = Map::new();
         line.insert("step".into(), step.into());
         line.insert("epoch".into(), epoch.into());
         line.extend(values.into_iter().map(|(name, value)| (name, Value::from(value))));
         let mut text = serde_json::to_string(&line).map_err(|e| TrainError::Bug(e.to_string()))?;
         text.push('\n');
-        self.file.write_all(text.as_bytes()).map_err(io_error("append to", &self.path))
+        self.file.write_all(text.as_bytes()).map_err(io_error("append to", &self.path))?;
+        Ok(line)
     }
 
     /// Forces what was appended to the disk; a checkpoint must not be newer than its metrics.

@@ -5,6 +5,7 @@
 //!   recipe.ron       the resolved recipe: defaults written out, overrides applied
 //!   plugins.json     file, version and SHA-256 of each plugin
 //!   metrics.jsonl    one JSON object per line
+//!   events.out.tfevents.1769860800.clip-host   the same for TensorBoard
 //!   checkpoints/     step-0000000123.safetensors
 //!   report.html      curves
 //! ```
@@ -13,6 +14,7 @@
 
 use crate::atomic;
 use crate::error::{Result, TrainError, io_error};
+use crate::tensorboard;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Write};
@@ -133,6 +135,7 @@ impl RunFolder {
             // What cannot be removed keeps the folder, which is the answer then.
             let _ = fs::remove_file(path.join(name));
         }
+        tensorboard::remove(path);
         let _ = fs::remove_dir(checkpoints_of(path));
         fs::remove_dir(path).is_ok()
     }
@@ -317,6 +320,7 @@ mod tests {
         let dir = folder("unused");
         let out = dir.join("run");
         drop(RunFolder::create(Some(&out), Path::new("r.ron"), "()").unwrap());
+        drop(tensorboard::EventFile::open(&out, &[]).unwrap());
         assert!(RunFolder::remove_if_unused(&out) && !out.exists());
         for used in ["metrics.jsonl", "checkpoints/step-0000000001.safetensors", "notes"] {
             drop(RunFolder::create(Some(&out), Path::new("r.ron"), "()").unwrap());

@@ -4,10 +4,11 @@ use crate::assemble::{Plugins, plugin_error, split_hint, with_hint_line};
 use crate::checkpoint::{self, Best, Checkpoint, DataShape, Evaluation, State};
 use crate::error::{Result, TrainError};
 use crate::evaluate::evaluate;
-use crate::metrics::Metrics;
+use crate::metrics::{self, Metrics};
 use crate::progress::{self, Progress};
 use crate::report;
 use crate::run_folder::RunFolder;
+use crate::tensorboard::EventFile;
 use clip_host_data::{Batch, Data, DataError, Loader, Position};
 use clip_host_model::{ModelError, Session, StepInput};
 use clip_host_plugin_api::scheduler;
@@ -105,6 +106,7 @@ struct Run<'p> {
     session: Session,
     loader: Loader,
     metrics: Metrics,
+    events: EventFile,
     progress: &'p mut Progress,
     state: State,
     /// Step at which the run ends.
@@ -172,6 +174,7 @@ impl<'p> Run<'p> {
             loader = data.train_loader(train.batch_size, job.recipe.seed, start, Some(train.epochs))?;
         }
         let metrics = Metrics::open(&job.folder.metrics(), state.step)?;
+        let events = EventFile::open(job.folder.path(), &metrics::read(&job.folder.metrics())?)?;
 
         let stats = session.stats();
         progress.line(&format!(
@@ -190,7 +193,7 @@ impl<'p> Run<'p> {
             Clock { started, compile_ms, window: Default::default(), total: Default::default(), step_seconds: None };
         let saved = found.map(|found| (found.state.step, found.path));
         let (last_loss, last_lr) = (f64::NAN, f64::NAN);
-        Ok(Run { job, session, loader, metrics, progress, state, last_step, saved, clock, last_loss, last_lr })
+        Ok(Run { job, session, loader, metrics, events, progress, state, last_step, saved, clock, last_loss, last_lr })
     }
 
     fn is_over(&self) -> bool {
@@ -317,10 +320,16 @@ impl<'p> Run<'p> {
         values.insert("train/samples_per_second".into(), shown.samples_per_second);
         values.insert("train/data_time".into(), shown.data_wait);
         values.insert("train/batch_time".into(), seconds / count);
-        self.metrics.append(self.state.step, self.state.epoch, values)?;
+        self.record(values)?;
         self.state.window = checkpoint::Window::default();
         self.clock.end_window();
         Ok(())
+    }
+
+    /// Appends a line to the metrics and to TensorBoard's events.
+    fn record(&mut self, values: BTreeMap<String, f64>) -> Result<()> {
+        let line = self.metrics.append(self.state.step, self.state.epoch, values)?;
+        self.events.append(&line)
     }
 
     /// Evaluation and checkpoint at the end of an epoch, where they are due.
@@ -374,7 +383,7 @@ impl<'p> Run<'p> {
         line.insert("eval/images".into(), found.images as f64);
         line.insert("eval/captions".into(), found.captions as f64);
         line.insert("eval/seconds".into(), begun.elapsed().as_secs_f64());
-        self.metrics.append(self.state.step, self.state.epoch, line)?;
+        self.record(line)?;
         let (step, epoch) = (self.state.step, self.state.epoch);
         self.state.evaluations.push(Evaluation { step, epoch, metrics });
         Ok(())
