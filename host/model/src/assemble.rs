@@ -310,7 +310,12 @@ fn scalar_names(optimizer: &Part) -> Result<Vec<String>, ModelError> {
 }
 
 /// One gradient for each group: a flat group's are laid end to end.
-fn join_gradients(program: &mut Program, groups: &[Group], grads: &[NodeIndex], params: &[ParamSlot]) -> Vec<NodeIndex> {
+fn join_gradients(
+    program: &mut Program,
+    groups: &[Group],
+    grads: &[NodeIndex],
+    params: &[ParamSlot],
+) -> Vec<NodeIndex> {
     // luminal counts operands in a byte.
     const MOST: usize = 200;
     let f32 = |op: Op, shape: Vec<usize>| Node { op, inputs: vec![], shape, dtype: DType::F32 };
@@ -345,12 +350,17 @@ fn join_gradients(program: &mut Program, groups: &[Group], grads: &[NodeIndex], 
 
 /// Scales all gradients so that their common L2 norm is at most `clip_grad_norm` (as `torch.nn.utils.clip_grad_norm_`),
 /// and adds the outputs `grad_norm` and `finite` (NaN if some gradient is not finite).
-fn clip_gradients(program: &mut Program, spec: &ModelSpec, grads: Vec<NodeIndex>) -> Result<Vec<NodeIndex>, ModelError> {
+fn clip_gradients(
+    program: &mut Program,
+    spec: &ModelSpec,
+    grads: Vec<NodeIndex>,
+) -> Result<Vec<NodeIndex>, ModelError> {
     let graph = Graph::new();
     let mut bindings = HashMap::new();
     let mut inputs: Vec<Tensor> = Vec::new();
     for (index, &grad) in grads.iter().enumerate() {
-        let shape = clip_host_graph::rewrite::operator(&program.graph, grad).map(|o| o.shape.clone()).unwrap_or_default();
+        let shape =
+            clip_host_graph::rewrite::operator(&program.graph, grad).map(|o| o.shape.clone()).unwrap_or_default();
         inputs.push(graph.input(&format!("grad.{index}"), &shape, DType::F32));
         bindings.insert(format!("grad.{index}"), grad);
     }

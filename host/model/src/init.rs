@@ -12,7 +12,7 @@ pub fn fill(init: Init, seed: u64, name: &str, values: &mut [f32]) {
         ((state >> 11) as f64 + 0.5) / (1u64 << 53) as f64
     };
     let mut normal = {
-        let mut uniform = uniform.clone();
+        let mut uniform = uniform;
         // Box and Muller 1958.
         move || (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos()
     };

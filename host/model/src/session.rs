@@ -78,8 +78,7 @@ impl Session {
         step.set_i32("text_ids", input.text_ids)?;
         step.set_f32("epoch", &[input.epoch as f32])?;
         step.set_f32("step", &[input.step as f32])?;
-        let request =
-            ScalarsRequest { config: self.spec.optimizer.config.clone(), step: input.step + 1, lr: input.lr };
+        let request = ScalarsRequest { config: self.spec.optimizer.config.clone(), step: input.step + 1, lr: input.lr };
         for (name, value) in self.spec.optimizer.plugin.scalars(&request)?.scalars {
             step.set_f32(&format!("scalar.{name}"), &[value as f32])?;
         }
@@ -125,7 +124,8 @@ impl Session {
         let Some(tower) = &mut self.text else { return Ok(vec![]) };
         let mut all = Vec::new();
         let (mut ids, mut mask) = (vec![0; EVAL_BATCH * each], vec![1.0; EVAL_BATCH * each]);
-        for (id_chunk, mask_chunk) in input_ids.chunks(EVAL_BATCH * each).zip(attention_mask.chunks(EVAL_BATCH * each)) {
+        for (id_chunk, mask_chunk) in input_ids.chunks(EVAL_BATCH * each).zip(attention_mask.chunks(EVAL_BATCH * each))
+        {
             ids[..id_chunk.len()].copy_from_slice(id_chunk);
             mask[..mask_chunk.len()].copy_from_slice(mask_chunk);
             tower.set_i32("input_ids", &ids)?;
