@@ -185,8 +185,8 @@ fn mistakes_in_a_recipe_are_told_where_they_are() {
         ("epochs: 2", "epochs: 0", &["expected a whole number of at least 1, got 0"]),
         ("batch_size: 8", "batch_size: 1", &["expected a whole number of at least 2, got 1"]),
         ("lr: 2e-3", "lr: -2e-3", &["expected", "got"]),
-        ("gamma: 0.9", "gamma: 1.9", &["expected a value at least 0, at most 1, got 1.9"]),
-        ("dim: 16,", r#"dim: "wide","#, &["`distilbert`", "expected", "got"]),
+        ("gamma: 0.9", "gamma: 1.9", &["expected a value at least 0, at most 1, got 1.9", "plugins inspect isogclr"]),
+        ("dim: 16,", r#"dim: "wide","#, &["`distilbert`", "expected", "got", "plugins inspect distilbert"]),
         ("layers: (1, 1, 1, 1)", "layers: (1, 1, 1)", &["`resnet`", "expected", "got"]),
         ("seed: 7", "seed: 7, seed: 8", &["seed"]),
         ("embed_dim: 16,", "", &["embed_dim"]),
@@ -351,7 +351,7 @@ fn a_file_that_may_not_grow_is_told() {
         output.expect("there is a shell").into()
     };
     // Too small for a checkpoint, large enough for all else.
-    limited(40, "--out out").refused(&["checkpoints", "File too large", "run folder: out"]);
+    limited(40, "--out out").refused(&["checkpoints", "File too large", "ulimit -f", "--resume", "run folder: out"]);
     let left: Vec<_> = std::fs::read_dir(folder.join("out/checkpoints")).expect("a folder").collect();
     assert!(
         left.iter().all(|entry| entry.as_ref().is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with('.')))

@@ -163,7 +163,10 @@ pub fn config_error(recipe: &Recipe, section: &str, error: ConfigError) -> Recip
         true => error.message,
         false => format!("{}: {}", error.plugin, error.message),
     };
-    recipe.error_at(path.trim_end_matches('.'), error.part, message, error.hint)
+    // What is allowed stands in the message; where nothing nearer is known, the whole list is one command away.
+    let inspect =
+        || Some(format!("`clip-host plugins inspect {}` shows all settings", error.plugin.split('`').nth(1)?));
+    recipe.error_at(path.trim_end_matches('.'), error.part, message, error.hint.or_else(inspect))
 }
 
 /// What a recipe asks for that this build does not have: errors, then warnings.

@@ -114,6 +114,10 @@ fn hint(error: &io::Error) -> &'static str {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "the disk is full; the checkpoints written before are whole: make room and continue with --resume"
         }
+        io::ErrorKind::FileTooLarge => {
+            "larger than the file system or `ulimit -f` allows; the checkpoints written before are whole: raise the limit \
+             and continue with --resume"
+        }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             "check the folder's permissions, or choose another --out"
         }
