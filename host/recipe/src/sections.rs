@@ -181,6 +181,9 @@ pub struct Train {
     /// Epochs between two checkpoints; 0 writes one at the end only.
     #[serde(default = "one")]
     pub checkpoint_every: u64,
+    /// Also writes a checkpoint each time this many steps are done, counted over the whole run.
+    #[serde(default, deserialize_with = "range::optional_at_least::<_, _, 1>")]
+    pub checkpoint_every_steps: Option<u64>,
     /// Compute threads; 0 takes all cores. The results are the same bits for any number.
     #[serde(default)]
     pub threads: usize,
@@ -335,6 +338,7 @@ impl Train {
             ("log_every", Value::int(self.log_every)),
             ("eval_every", Value::int(self.eval_every)),
             ("checkpoint_every", Value::int(self.checkpoint_every)),
+            ("checkpoint_every_steps", Value::optional(self.checkpoint_every_steps.map(Value::int))),
             ("threads", Value::int(self.threads as u64)),
         ])
     }

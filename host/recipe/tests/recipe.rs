@@ -59,6 +59,7 @@ fn a_recipe_loads() {
     assert_eq!(recipe.optimizer.clip_grad_norm, None);
     assert_eq!(recipe.scheduler.plugin, "constant");
     assert_eq!(recipe.train.log_every, 10);
+    assert_eq!(recipe.train.checkpoint_every_steps, None);
     assert_eq!(recipe.backend, Backend::Auto);
     assert_eq!(recipe.precision, Precision::F32);
     let config = serde_json::Value::Object(recipe.model.image_encoder.config.clone());
@@ -93,6 +94,7 @@ fn the_resolved_recipe_loads_back() {
         "backend=Cuda(device: 1)",
         "precision=bf16",
         "train.steps=5",
+        "train.checkpoint_every_steps=20",
         "loss.path=x/libloss \"q\".so",
         "loss.config.text=\"tab\\t, \\\" and \\\\ \\u{7f} é\"",
         "optimizer.clip_grad_norm=1",
@@ -109,7 +111,15 @@ fn the_resolved_recipe_loads_back() {
     assert_eq!(recipe, again, "{text}");
     assert_eq!(again.to_ron(), text);
     assert_ne!(load(GOOD, &[]).unwrap(), again);
-    holds(&text, &["no_decay: [\"1d\", \"*.bias\"]", "threads: 0", "Tar(\"data/train-{00000..00004}.tar\")"]);
+    holds(
+        &text,
+        &[
+            "checkpoint_every_steps: Some(20)",
+            "no_decay: [\"1d\", \"*.bias\"]",
+            "threads: 0",
+            "Tar(\"data/train-{00000..00004}.tar\")",
+        ],
+    );
 }
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -203,6 +213,7 @@ fn a_number_out_of_range() {
         ("train.batch_size=1", "expected a whole number of at least 2, got 1"),
         ("train.epochs=0", "expected a whole number of at least 1, got 0"),
         ("train.steps=0", "expected a whole number of at least 1 or `None`, got 0"),
+        ("train.checkpoint_every_steps=0", "expected a whole number of at least 1 or `None`, got 0"),
         ("train.log_every=0", "expected a whole number of at least 1, got 0"),
         ("model.embed_dim=0", "expected a whole number of at least 1, got 0"),
         ("eval.batch_size=0", "expected a whole number of at least 1 or `None`, got 0"),
