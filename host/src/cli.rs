@@ -65,8 +65,9 @@ pub struct RunArgs {
     /// End after this many steps; the schedule stays that of all epochs. Same as `--set train.steps=N`.
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
-    /// Write a checkpoint every this many steps too, not only at the ends of epochs.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    /// Write a checkpoint every this many steps too, not only at the ends of epochs. Same as
+    /// `--set train.checkpoint_every_steps=N`.
+    #[arg(long, value_name = "N")]
     pub checkpoint_every_steps: Option<u64>,
     /// Print one JSON object on stdout; progress goes to stderr.
     #[arg(long)]

@@ -21,7 +21,7 @@ pub fn run(args: RunArgs) -> Result<(), CliError> {
     let interrupt = stop_on_signals()?;
 
     let run_dir = folder.path().to_path_buf();
-    let job = Job { recipe, plugins, data, folder, checkpoint_every_steps: args.checkpoint_every_steps };
+    let job = Job { recipe, plugins, data, folder };
     let mut progress = Progress::new(args.json);
     let ended = train(job, &interrupt, &mut progress);
     drop(progress);
@@ -33,8 +33,12 @@ pub fn run(args: RunArgs) -> Result<(), CliError> {
 
 /// The recipe of a new run, or the one in the folder of a run that goes on.
 fn load_recipe(args: &RunArgs) -> Result<(Recipe, DataConfig), CliError> {
-    let flags =
-        [("train.epochs", args.epochs.map(|n| n.to_string())), ("train.steps", args.steps.map(|n| n.to_string()))];
+    let flags = [
+        ("train.epochs", args.epochs),
+        ("train.steps", args.steps),
+        ("train.checkpoint_every_steps", args.checkpoint_every_steps),
+    ]
+    .map(|(key, value)| (key, value.map(|n| n.to_string())));
     let sets = prepare::sets(&args.set, &flags);
     let given = match &args.recipe {
         Some(path) => Some(prepare::recipe(path, &sets)?),

@@ -5,15 +5,14 @@
 //! is written under a temporary name, synced and renamed: a name `step-….safetensors` is a whole checkpoint, and damage
 //! that a disk does later is found by the checksum. The newest two and the best one are kept.
 
-use crate::atomic;
 use crate::error::{Result, TrainError, io_error};
+use crate::tensor_file::{self, Entry, little_endian};
 use clip_host_model::NamedTensor;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 /// Where a run is, and all that its next step depends on besides the tensors.
@@ -125,14 +124,6 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
-fn little_endian(data: &[f32]) -> Cow<'_, [u8]> {
-    if cfg!(target_endian = "little") {
-        Cow::Borrowed(bytemuck::cast_slice(data))
-    } else {
-        Cow::Owned(data.iter().flat_map(|x| x.to_le_bytes()).collect())
-    }
-}
-
 /// The checksum of a state and of tensors in the order of their names.
 struct Checksum(crc32fast::Hasher);
 
@@ -158,49 +149,28 @@ impl Checksum {
 /// If it cannot be written; those that were there before are then untouched.
 pub fn save(folder: &Path, state: &State, tensors: &[NamedTensor<'_>]) -> Result<PathBuf> {
     let path = folder.join(file_name(state.step));
-    let bug = |e: &dyn std::fmt::Display| TrainError::Bug(format!("checkpoint {}: {e}", path.display()));
-    let state_text = serde_json::to_string(state).map_err(|e| bug(&e))?;
+    let state_text =
+        serde_json::to_string(state).map_err(|e| TrainError::Bug(format!("checkpoint {}: {e}", path.display())))?;
 
-    let mut sorted: Vec<&NamedTensor<'_>> = tensors.iter().collect();
-    sorted.sort_by(|a, b| a.name.cmp(&b.name));
-    if let Some(twice) = sorted.windows(2).find(|pair| pair[0].name == pair[1].name) {
-        return Err(bug(&format!("two tensors are called `{}`", twice[0].name)));
-    }
+    let mut sorted: Vec<Entry<'_>> = tensors
+        .iter()
+        .map(|NamedTensor { name, shape, data, .. }| Entry {
+            name,
+            dtype: Dtype::F32,
+            shape,
+            data: little_endian(data),
+        })
+        .collect();
+    sorted.sort_by(|a, b| a.name.cmp(b.name));
     let mut checksum = Checksum::new(&state_text);
     for tensor in &sorted {
-        checksum.add(&tensor.name, &tensor.shape, &little_endian(tensor.data));
+        checksum.add(tensor.name, tensor.shape, &tensor.data);
     }
     let metadata =
         BTreeMap::from([(FORMAT_KEY, FORMAT.to_string()), (STATE_KEY, state_text), (CRC_KEY, checksum.finish())]);
-
-    let header = header(&metadata, &sorted).map_err(|e| bug(&e))?;
-    atomic::write(&path, |file| {
-        let mut out = BufWriter::with_capacity(1 << 20, file);
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(&header)?;
-        for tensor in &sorted {
-            out.write_all(&little_endian(tensor.data))?;
-        }
-        out.flush()
-    })?;
+    tensor_file::write(&path, &metadata, &sorted)?;
     prune(folder, state.best.map(|best| best.step));
     Ok(path)
-}
-
-/// The safetensors header of F32 tensors that follow each other in the given order, padded to 8 bytes.
-fn header(metadata: &BTreeMap<&str, String>, tensors: &[&NamedTensor<'_>]) -> serde_json::Result<Vec<u8>> {
-    let mut entries = serde_json::Map::new();
-    entries.insert("__metadata__".into(), serde_json::to_value(metadata)?);
-    let mut offset = 0usize;
-    for tensor in tensors {
-        let end = offset + size_of_val(tensor.data);
-        let entry = serde_json::json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [offset, end]});
-        entries.insert(tensor.name.clone(), entry);
-        offset = end;
-    }
-    let mut header = serde_json::to_vec(&entries)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    Ok(header)
 }
 
 /// Removes all but the newest checkpoints and the best. What cannot be removed is left: it harms nothing but room.
@@ -353,6 +323,7 @@ fn elements(bytes: &[u8]) -> Cow<'_, [f32]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::atomic;
     use crate::testing::folder;
     use clip_host_model::Role;
 

@@ -6,7 +6,8 @@
 //! 2. [`run_folder`]: where everything goes;
 //! 3. [`train_loop`]: steps, evaluations, checkpoints;
 //! 4. [`evaluate`]: retrieval over the held-out pairs;
-//! 5. [`progress`] shows, [`metrics`] and [`tensorboard`] record, [`checkpoint`] saves and restores, [`report`] draws.
+//! 5. [`progress`] shows, [`metrics`] and [`tensorboard`] record, [`checkpoint`] saves and restores, [`report`] draws, [`export`]
+//!    writes the weights for other programs.
 //!
 //! What a run computes is a function of its recipe, its data and its plugins: a run that was killed at any instant and
 //! resumed ends with the same bits as one that was not, tables of the loss included.
@@ -16,10 +17,12 @@ mod atomic;
 pub mod checkpoint;
 pub mod error;
 pub mod evaluate;
+pub mod export;
 pub mod metrics;
 pub mod progress;
 pub mod report;
 pub mod run_folder;
+mod tensor_file;
 pub mod tensorboard;
 #[cfg(test)]
 mod testing;

@@ -8,6 +8,7 @@
 //!   events.out.tfevents.1769860800.clip-host   the same for TensorBoard
 //!   checkpoints/     step-0000000123.safetensors
 //!   report.html      curves
+//!   weights/         image_encoder.safetensors, text_encoder.safetensors, heads.safetensors, at the end
 //! ```
 //!
 //! A folder is never overwritten: a new run wants a new or empty one, `--resume` goes on in an old one.
@@ -176,6 +177,11 @@ impl RunFolder {
     /// Where the checkpoints are.
     pub fn checkpoints(&self) -> PathBuf {
         checkpoints_of(&self.path)
+    }
+
+    /// Where the trained weights are for other programs.
+    pub fn weights(&self) -> PathBuf {
+        self.path.join("weights")
     }
 
     /// Where the curves are.

@@ -4,6 +4,7 @@ use crate::assemble::{Plugins, plugin_error, split_hint, with_hint_line};
 use crate::checkpoint::{self, Best, Checkpoint, DataShape, Evaluation, State};
 use crate::error::{Result, TrainError};
 use crate::evaluate::evaluate;
+use crate::export;
 use crate::metrics::{self, Metrics};
 use crate::progress::{self, Progress};
 use crate::report;
@@ -51,8 +52,6 @@ pub struct Job {
     pub data: Data,
     /// Its folder.
     pub folder: RunFolder,
-    /// Also write a checkpoint each time this many steps are done, counted over the whole run.
-    pub checkpoint_every_steps: Option<u64>,
 }
 
 /// How a run ended.
@@ -390,11 +389,9 @@ impl<'p> Run<'p> {
     }
 
     fn checkpoint_if_steps_are_due(&mut self) -> Result<()> {
-        match self.job.checkpoint_every_steps {
+        match self.job.recipe.train.checkpoint_every_steps {
             // The end of an epoch has its own, with the evaluation in it.
-            Some(every) if self.state.step.is_multiple_of(every.max(1)) && !self.epoch_is_complete() => {
-                self.checkpoint()
-            }
+            Some(every) if self.state.step.is_multiple_of(every) && !self.epoch_is_complete() => self.checkpoint(),
             _ => Ok(()),
         }
     }
@@ -421,13 +418,14 @@ impl<'p> Run<'p> {
         Ok(self.summary(true))
     }
 
-    /// The end of a whole run.
+    /// The end of a whole run: weights for other programs, curves.
     fn finish(mut self) -> Result<Summary> {
         // A run cut short within an epoch by `train.steps` is evaluated and saved all the same.
         if self.state.step_in_epoch > 0 && self.saved.as_ref().is_none_or(|(step, _)| *step != self.state.step) {
             self.evaluate()?;
             self.checkpoint()?;
         }
+        export::write(&self.job.folder.weights(), &self.session.tensors())?;
         if let Err(error) = report::write(&self.job.folder) {
             tracing::warn!("no report: {error}");
         }
