@@ -15,6 +15,22 @@ where
     Ok(number)
 }
 
+/// A whole number from `MIN` to `MAX`. Beyond `MAX` there are only slips of the finger, which would end in a machine
+/// without memory rather than in a message.
+pub(crate) fn within<'de, D, const MIN: usize, const MAX: usize>(deserializer: D) -> Result<usize, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let number = usize::deserialize(deserializer)?;
+    if number < MIN {
+        return Err(D::Error::custom(format!("expected a whole number of at least {MIN}, got {number}")));
+    }
+    if number > MAX {
+        return Err(D::Error::custom(format!("expected a whole number of at most {MAX}, got {number}")));
+    }
+    Ok(number)
+}
+
 /// As [`at_least`], or `None`.
 pub(crate) fn optional_at_least<'de, D, T, const MIN: u8>(deserializer: D) -> Result<Option<T>, D::Error>
 where

@@ -69,7 +69,7 @@ pub struct Model {
     /// Encoder of captions.
     pub text_encoder: PluginChoice,
     /// Dimensions of the shared embedding.
-    #[serde(deserialize_with = "range::at_least::<_, _, 1>")]
+    #[serde(deserialize_with = "range::within::<_, 1, 65_536>")]
     pub embed_dim: usize,
 }
 
@@ -170,7 +170,7 @@ pub struct Train {
     pub steps: Option<u64>,
     /// Image-text pairs in a step; the last, incomplete batch of an epoch is dropped. At least 2: a contrastive loss
     /// needs a negative.
-    #[serde(deserialize_with = "range::at_least::<_, _, 2>")]
+    #[serde(deserialize_with = "range::within::<_, 2, 1_048_576>")]
     pub batch_size: usize,
     /// Steps between two log lines.
     #[serde(default = "ten", deserialize_with = "range::at_least::<_, _, 1>")]
@@ -185,7 +185,7 @@ pub struct Train {
     #[serde(default, deserialize_with = "range::optional_at_least::<_, _, 1>")]
     pub checkpoint_every_steps: Option<u64>,
     /// Compute threads; 0 takes all cores. The results are the same bits for any number.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "range::within::<_, 0, 1024>")]
     pub threads: usize,
 }
 
