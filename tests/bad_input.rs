@@ -158,6 +158,9 @@ fn a_batch_larger_than_the_data_is_told() {
         ended.refused(&["64", "65", "lower the batch size"]);
     }
     assert!(!folder.join("runs").exists());
+    for command in ["run", "check"] {
+        run(&folder, &[command, "small.ron", "--set", "data.train=[]"]).refused(&["at least one source", "got none"]);
+    }
     // All of it is a batch, too.
     assert_eq!(train(&folder, &["--set", "train.batch_size=64"]).json()["steps"], 2);
 }
@@ -166,7 +169,7 @@ fn a_batch_larger_than_the_data_is_told() {
 #[test]
 fn mistakes_in_a_recipe_are_told_where_they_are() {
     let folder = small_run("typos");
-    let cases: [(&str, &str, &[&str]); 20] = [
+    let cases: [(&str, &str, &[&str]); 22] = [
         ("epochs: 2", "epocs: 2", &["unknown key `epocs`", "did you mean `epochs`"]),
         ("image_size: 32", "image_sise: 32", &["unknown key `image_sise`", "did you mean `image_size`"]),
         ("loss: (plugin", "los: (plugin", &["unknown key `los`", "did you mean `loss`"]),
@@ -184,6 +187,8 @@ fn mistakes_in_a_recipe_are_told_where_they_are() {
         ("lr: 2e-3", r#"lr: "high""#, &["expected", "got"]),
         ("epochs: 2", "epochs: 0", &["expected a whole number of at least 1, got 0"]),
         ("batch_size: 8", "batch_size: 1", &["expected a whole number of at least 2, got 1"]),
+        ("threads: 1", "threads: 100000", &["expected a whole number of at most 1024, got 100000"]),
+        ("embed_dim: 16", "embed_dim: 100000000", &["expected a whole number of at most 65536"]),
         ("lr: 2e-3", "lr: -2e-3", &["expected", "got"]),
         ("gamma: 0.9", "gamma: 1.9", &["expected a value at least 0, at most 1, got 1.9", "plugins inspect isogclr"]),
         ("dim: 16,", r#"dim: "wide","#, &["`distilbert`", "expected", "got", "plugins inspect distilbert"]),

@@ -4,7 +4,7 @@ use crate::cli::RunArgs;
 use crate::error::CliError;
 use crate::{output, prepare};
 use clip_host_data::{Data, DataConfig, Position};
-use clip_host_recipe::Recipe;
+use clip_host_recipe::{Part, Recipe};
 use clip_host_train::{Interrupt, Job, Progress, RunFolder, Summary, run_folder, train};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::Write;
@@ -13,6 +13,12 @@ use std::path::Path;
 pub fn run(args: RunArgs) -> Result<(), CliError> {
     let (recipe, config) = load_recipe(&args)?;
     let plugins = prepare::plugins(&recipe)?;
+    if config.train.is_empty() {
+        let hint = "add a source, as in `train: [Tar(\"*.tar\")]`".to_string();
+        return Err(recipe
+            .error_at("data.train", Part::Value, "expected at least one source, got none", Some(hint))
+            .into());
+    }
     let data = Data::open(&config, &prepare::base()?)?;
     warn_of_skipped(&data);
     // A batch larger than the data is told before there is a folder.
