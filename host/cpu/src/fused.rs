@@ -298,6 +298,9 @@ impl Program {
     }
 
     /// Adds up the partial sums in the order of the chunks.
+    ///
+    /// # Safety
+    /// As [`Program::run`], once all tasks are done.
     unsafe fn combine(&self, memory: Memory) {
         for out in &self.outs {
             let partials = &self.partials[out.partial..];
@@ -335,6 +338,9 @@ impl Program {
     }
 
     /// One task: a range of rows, or of columns if there is one row.
+    ///
+    /// # Safety
+    /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
     #[inline(always)]
     unsafe fn task(&self, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
         let mut regs = [Arg::Value(0.0); MAX_CODE];
@@ -373,6 +379,9 @@ impl Program {
     }
 
     /// What is the same for all tiles of a task: scalars, repeated vectors, empty sums.
+    ///
+    /// # Safety
+    /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
     #[inline(always)]
     unsafe fn begin(
         &self,
@@ -432,6 +441,10 @@ impl Program {
         }
     }
 
+    /// Runs every instruction over one tile, then stores what leaves it.
+    ///
+    /// # Safety
+    /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
     unsafe fn tile(
@@ -515,6 +528,9 @@ impl Program {
     }
 
     /// Calls `f` over the tile's elements: at once, or row by row where row values meet full ones.
+    ///
+    /// # Safety
+    /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
     #[inline(always)]
     unsafe fn rowwise<const N: usize>(
         &self,
@@ -547,6 +563,9 @@ impl Program {
     }
 
     /// Writes a strided operand's elements into the tile's order.
+    ///
+    /// # Safety
+    /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
     #[inline(always)]
     unsafe fn gather(&self, load: &Load, rank: Rank, tile: Tile, memory: Memory, out: *mut f32) {
         // SAFETY: the plan's strides stay inside the operand.
@@ -576,6 +595,9 @@ impl Program {
     }
 
     /// The value of an iota at the tile's elements.
+    ///
+    /// # Safety
+    /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
     #[inline(always)]
     unsafe fn index(&self, factors: &[usize], rank: Rank, tile: Tile, out: *mut f32) {
         let outer = self.dims.len() - self.inner;
@@ -602,6 +624,10 @@ impl Program {
         }
     }
 
+    /// Stores the tile's results and adds to the task's partial sums.
+    ///
+    /// # Safety
+    /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
     #[inline(always)]
     unsafe fn store(&self, task: usize, tile: Tile, memory: Memory, partials: *mut f32, regs: &[Arg; MAX_CODE]) {
         let Tile { row, rows, col, cols } = tile;
@@ -693,6 +719,8 @@ fn row_offset(rows: &Rows, row: usize) -> usize {
     }
 }
 
+/// # Safety
+/// As [`Program::task`], on a processor that has these instructions.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
 unsafe fn task_avx512(p: &Program, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
@@ -700,6 +728,8 @@ unsafe fn task_avx512(p: &Program, task: usize, memory: Memory, scratch: *mut f3
     unsafe { p.task(task, memory, scratch, partials, seed) }
 }
 
+/// # Safety
+/// As [`Program::task`], on a processor that has these instructions.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn task_avx2(p: &Program, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
