@@ -107,6 +107,11 @@ pub enum ModelError {
          is from before this step)"
     )]
     NotFinite { step: u64, what: &'static str },
+    #[error(
+        "the training step needs {:.1} GB of memory, the machine has {:.1} GB (hint: lower train.batch_size or \
+         data.image_size)", *needed as f64 / 1e9, *machine as f64 / 1e9
+    )]
+    Memory { needed: u64, machine: u64 },
     #[error("the model has no tensor `{name}`{}", nearest.as_ref().map(|n| format!(" (hint: did you mean `{n}`?)")).unwrap_or_default())]
     UnknownTensor { name: String, nearest: Option<String> },
     #[error("tensor `{name}`: expected {expected}, got {got}")]

@@ -43,6 +43,7 @@ impl Session {
             let length = params.iter().filter(|p| p.storage == param.storage).map(|p| p.offset + p.elements()).max();
             store.entry(&param.storage, length.unwrap_or(0));
         }
+        check_memory((plan.arena * 4 + store.bytes()) as u64)?;
         let phases = phase_ends(&plan);
         let mut step = Executor::new(plan, pool.clone(), &mut store)?;
         step.set_phases(phases);
@@ -244,6 +245,18 @@ impl Session {
     }
 }
 
+/// Refuses a step that needs more than the machine's memory: taking it would end the process.
+fn check_memory(needed: u64) -> Result<(), ModelError> {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total =
+        info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok());
+    match total {
+        Some(kib) if needed > kib * 1024 => Err(ModelError::Memory { needed, machine: kib * 1024 }),
+        // Elsewhere than on Linux nothing is known.
+        _ => Ok(()),
+    }
+}
+
 fn check_rows(name: &str, len: usize, each: usize) -> Result<(), ModelError> {
     match len % each.max(1) {
         0 => Ok(()),
@@ -276,4 +289,18 @@ fn phase_ends(plan: &Plan) -> [usize; 2] {
     };
     let backward = plan.kernels.iter().position(updates_param).unwrap_or(plan.kernels.len());
     [forward.min(backward), backward]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_larger_than_the_machine_is_refused() {
+        assert!(check_memory(1 << 20).is_ok());
+        if std::path::Path::new("/proc/meminfo").exists() {
+            let error = check_memory(1 << 60).map_err(|e| e.to_string());
+            assert!(error.as_ref().is_err_and(|e| e.contains("hint: ")), "{error:?}");
+        }
+    }
 }
