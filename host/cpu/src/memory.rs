@@ -2,13 +2,20 @@
 
 use clip_host_compiler::plan::{Place, Plan, Region};
 use clip_host_plugin_api::ir::NodeId;
+use memmap2::MmapMut;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
+
+/// Buffers from this many bytes on are mapped, in huge pages where the system has them: touching the memory of a large
+/// model for the first time is many times faster, and its kernels miss the address cache less.
+const MAPPED: usize = 1 << 20;
 
 /// 4-byte elements at a cache line's start, zero at first. Holds f32, or i32 by its bits.
 pub struct Buffer {
     start: NonNull<f32>,
     len: usize,
+    /// The memory's owner, if it was mapped.
+    mapping: Option<MmapMut>,
 }
 
 // SAFETY: the buffer owns its memory; access follows the usual borrow rules.
@@ -18,11 +25,21 @@ unsafe impl Sync for Buffer {}
 
 impl Buffer {
     pub fn new(len: usize) -> Self {
+        if len.saturating_mul(4) >= MAPPED
+            && let Ok(mut mapping) = MmapMut::map_anon(len * 4)
+        {
+            #[cfg(target_os = "linux")]
+            // Refused where there are no huge pages: then small ones do.
+            let _ = mapping.advise(memmap2::Advice::HugePage);
+            if let Some(start) = NonNull::new(mapping.as_mut_ptr().cast::<f32>()) {
+                return Buffer { start, len, mapping: Some(mapping) };
+            }
+        }
         let layout = Self::layout(len);
         // SAFETY: the layout is never empty.
         let start = unsafe { alloc_zeroed(layout) }.cast::<f32>();
         let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
-        Buffer { start, len }
+        Buffer { start, len, mapping: None }
     }
 
     fn layout(len: usize) -> Layout {
@@ -60,8 +77,10 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
-        unsafe { dealloc(self.start.as_ptr().cast(), Self::layout(self.len)) };
+        if self.mapping.is_none() {
+            // SAFETY: allocated with this layout.
+            unsafe { dealloc(self.start.as_ptr().cast(), Self::layout(self.len)) };
+        }
     }
 }
 
