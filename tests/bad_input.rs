@@ -169,12 +169,13 @@ fn a_batch_larger_than_the_data_is_told() {
 #[test]
 fn mistakes_in_a_recipe_are_told_where_they_are() {
     let folder = small_run("typos");
-    let cases: [(&str, &str, &[&str]); 22] = [
+    let cases: [(&str, &str, &[&str]); 23] = [
         ("epochs: 2", "epocs: 2", &["unknown key `epocs`", "did you mean `epochs`"]),
         ("image_size: 32", "image_sise: 32", &["unknown key `image_sise`", "did you mean `image_size`"]),
         ("loss: (plugin", "los: (plugin", &["unknown key `los`", "did you mean `loss`"]),
         ("gamma: 0.9", "gama: 0.9", &["`isogclr`", "unknown setting `gama`", "did you mean `gamma`"]),
         ("vocab_size: 400", "vocab: 400", &["`distilbert`", "unknown setting `vocab`", "vocab_size"]),
+        ("seed: 7", "precision: Bf16, seed: 7", &["this build computes in F32 only", "hint: write `precision: F32`"]),
         ("seed: 7", "precision: F8", &["unknown name `F8`", "valid names: Bf16, F32"]),
         ("seed: 7", "backend: Gpu", &["unknown name `Gpu`", "Cuda"]),
         (

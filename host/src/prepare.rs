@@ -17,10 +17,7 @@ pub fn recipe(path: &Path, sets: &[String]) -> Result<(Recipe, DataConfig), Reci
 
 /// The recipe's plugins; all that is wrong with them at once.
 pub fn plugins(recipe: &Recipe) -> Result<Plugins, CliError> {
-    let (errors, warnings) = assemble::check_backend(recipe);
-    for warning in warnings {
-        tracing::warn!("{warning}");
-    }
+    let errors = assemble::check_backend(recipe);
     match Plugins::choose(recipe, &assemble::registry(recipe)) {
         Ok(plugins) if errors.is_empty() => Ok(plugins),
         Ok(_) => Err(RecipeErrors(errors).into()),

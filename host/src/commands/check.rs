@@ -55,9 +55,7 @@ fn check(path: &Path, sets: &[String], findings: &mut Findings) -> Result<(), Cl
             return Ok(());
         }
     };
-    let (errors, warnings) = assemble::check_backend(&recipe);
-    findings.errors.extend(errors.iter().map(ToString::to_string));
-    findings.warnings.extend(warnings);
+    findings.errors.extend(assemble::check_backend(&recipe).iter().map(ToString::to_string));
     let plugins = match Plugins::choose(&recipe, &assemble::registry(&recipe)) {
         Ok(plugins) => Some(plugins),
         Err(errors) => {

@@ -169,19 +169,19 @@ pub fn config_error(recipe: &Recipe, section: &str, error: ConfigError) -> Recip
     recipe.error_at(path.trim_end_matches('.'), error.part, message, error.hint.or_else(inspect))
 }
 
-/// What a recipe asks for that this build does not have: errors, then warnings.
-pub fn check_backend(recipe: &Recipe) -> (Vec<RecipeError>, Vec<String>) {
+/// What a recipe asks for that this build does not have, all at once.
+pub fn check_backend(recipe: &Recipe) -> Vec<RecipeError> {
     use clip_host_recipe::Part as RecipePart;
     let mut errors = Vec::new();
-    let mut warnings = Vec::new();
     if let Backend::Cuda { .. } = recipe.backend {
         let hint = "write `backend: Cpu`, or `Auto` for whatever there is".to_string();
         errors.push(recipe.error_at("backend", RecipePart::Value, "this build has no CUDA backend", Some(hint)));
     }
     if recipe.precision == Precision::Bf16 {
-        warnings.push("precision: the CPU backend computes in F32; Bf16 only saves time where it is available".into());
+        let (message, hint) = ("this build computes in F32 only", "write `precision: F32`".to_string());
+        errors.push(recipe.error_at("precision", RecipePart::Value, message, Some(hint)));
     }
-    (errors, warnings)
+    errors
 }
 
 /// A plugin's refusal as this crate's error.
