@@ -107,6 +107,7 @@ fn plugins_are_listed_inspected_and_checked() {
         ("optimizer", "adamw"),
         ("optimizer", "radam"),
         ("encoder", "resnet"),
+        ("encoder", "vit"),
         ("encoder", "distilbert"),
         ("scheduler", "constant"),
         ("scheduler", "cosine"),

@@ -289,6 +289,12 @@ fn encoder_resnet() {
 }
 
 #[test]
+fn encoder_vit() {
+    let counts = encoder("vit", "vit", "(patch_size: 8, embed_dim: 32, depth: 2, num_heads: 4, mlp_ratio: 2.0)");
+    assert!(counts["eval.grad."] > 25, "{counts:?}");
+}
+
+#[test]
 fn encoder_distilbert() {
     let config = "(vocab_size: 97, max_position_embeddings: 20, dim: 32, hidden_dim: 64, n_heads: 4, n_layers: 2, \
                   dropout: 0.0, attention_dropout: 0.0)";

@@ -10,13 +10,14 @@ use clip_host_plugin_api::scheduler::{Progress, ScheduleRequest};
 use clip_host_plugins::{Plugin, Registry, inspect};
 use serde_json::Value;
 
-const PACKAGES: [(&str, Kind, &str); 9] = [
+const PACKAGES: [(&str, Kind, &str); 10] = [
     ("clip-loss-clip", Kind::Loss, "clip"),
     ("clip-loss-isogclr", Kind::Loss, "isogclr"),
     ("clip-loss-dynamic-temperature", Kind::Loss, "dynamic_temperature"),
     ("clip-optimizer-adamw", Kind::Optimizer, "adamw"),
     ("clip-optimizer-radam", Kind::Optimizer, "radam"),
     ("clip-encoder-resnet", Kind::Encoder, "resnet"),
+    ("clip-encoder-vit", Kind::Encoder, "vit"),
     ("clip-encoder-distilbert", Kind::Encoder, "distilbert"),
     ("clip-scheduler-constant", Kind::Scheduler, "constant"),
     ("clip-scheduler-cosine", Kind::Scheduler, "cosine"),
@@ -41,7 +42,7 @@ fn exercise(plugin: &Plugin, config: Value) {
         }
         Kind::Encoder => {
             let input = match plugin.id() {
-                "resnet" => InputShape::Image { height: 64, width: 64 },
+                "resnet" | "vit" => InputShape::Image { height: 64, width: 64 },
                 _ => InputShape::Text { length: 30 },
             };
             for training in [true, false] {
