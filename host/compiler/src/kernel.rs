@@ -3,6 +3,42 @@
 
 use clip_host_plugin_api::ir::{Binary, Compare, DType, Node, NodeId, Op, Unary};
 
+/// How a value is kept in memory. Registers of fused kernels hold f32 whatever is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    F32,
+    I32,
+    /// The upper half of an f32, rounded to nearest even when it is written: activations in mixed precision.
+    Bf16,
+}
+
+impl Element {
+    /// How a value of this type is kept unless mixed precision says otherwise.
+    pub fn of(dtype: DType) -> Element {
+        match dtype {
+            DType::F32 => Element::F32,
+            DType::I32 => Element::I32,
+        }
+    }
+
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Element::F32 | Element::I32 => 4,
+            Element::Bf16 => 2,
+        }
+    }
+
+    /// The name that plans are printed with.
+    pub fn name(self) -> &'static str {
+        match self {
+            Element::F32 => "f32",
+            Element::I32 => "i32",
+            Element::Bf16 => "bf16",
+        }
+    }
+}
+
 /// Index of an instruction's result.
 pub type Reg = usize;
 
@@ -31,7 +67,7 @@ pub struct Input {
     pub source: NodeId,
     pub offset: usize,
     pub rank: Rank,
-    pub dtype: DType,
+    pub dtype: Element,
     pub pattern: Pattern,
 }
 
@@ -78,8 +114,8 @@ pub struct Output {
     pub target: NodeId,
     pub value: Reg,
     pub store: Store,
-    /// Registers hold floats; an i32 result is converted when it is stored.
-    pub dtype: DType,
+    /// Registers hold floats; other results are converted when they are stored.
+    pub dtype: Element,
 }
 
 /// A fused kernel.

@@ -9,5 +9,6 @@ pub mod memory;
 mod merge;
 pub mod module;
 pub mod plan;
+pub mod precision;
 pub mod simplify;
 pub mod view;

@@ -1,7 +1,7 @@
 //! From units to kernels: instruction lists and operands with strides.
 
 use crate::fuse::{Fusion, Space, Unit, boundaries};
-use crate::kernel::{Fused, Input, Instr, Kernel, Operand, Output, Pattern, Rank, Reg, Store};
+use crate::kernel::{Element, Fused, Input, Instr, Kernel, Operand, Output, Pattern, Rank, Reg, Store};
 use crate::module::{Class, Module, class, reduction};
 use crate::view::{View, merge, split};
 use clip_host_plugin_api::ir::{NodeId, Op};
@@ -17,16 +17,27 @@ pub struct LowerError {
     pub why: String,
 }
 
-/// Lowers every unit. `stored` says which roots someone outside their unit reads.
-pub fn lower(module: &Module, fusion: &Fusion, stored: &[bool]) -> Result<Vec<Kernel>, LowerError> {
-    fusion.units.iter().map(|unit| lower_unit(module, fusion, unit, stored)).collect()
+/// Lowers every unit. `stored` says which roots someone outside their unit reads, `storage` how each node is kept.
+pub fn lower(
+    module: &Module,
+    fusion: &Fusion,
+    stored: &[bool],
+    storage: &[Element],
+) -> Result<Vec<Kernel>, LowerError> {
+    fusion.units.iter().map(|unit| lower_unit(module, fusion, unit, stored, storage)).collect()
 }
 
 fn operand(view: &View) -> Operand {
     Operand { source: view.root, offset: view.offset, dims: view.dims.clone() }
 }
 
-fn lower_unit(module: &Module, fusion: &Fusion, unit: &Unit, stored: &[bool]) -> Result<Kernel, LowerError> {
+fn lower_unit(
+    module: &Module,
+    fusion: &Fusion,
+    unit: &Unit,
+    stored: &[bool],
+    storage: &[Element],
+) -> Result<Kernel, LowerError> {
     let root = unit.roots.first().copied().unwrap_or_default();
     let node = module.node(root);
     let Some(space) = unit.space else {
@@ -50,7 +61,8 @@ fn lower_unit(module: &Module, fusion: &Fusion, unit: &Unit, stored: &[bool]) ->
         });
     };
     let fail = |why: &str| LowerError { node: root, op: node.op.name(), why: why.into() };
-    let mut lowering = Lowering::new(module, fusion, unit, space).ok_or_else(|| fail("its shapes do not nest"))?;
+    let mut lowering =
+        Lowering::new(module, fusion, unit, space, storage).ok_or_else(|| fail("its shapes do not nest"))?;
     for &id in &unit.body {
         lowering.visit(id).ok_or_else(|| fail("an operand is not strided over the kernel's dimensions"))?;
     }
@@ -61,6 +73,7 @@ struct Lowering<'a> {
     module: &'a Module,
     fusion: &'a Fusion,
     unit: &'a Unit,
+    storage: &'a [Element],
     space: Space,
     rows: usize,
     cols: usize,
@@ -75,13 +88,20 @@ struct Lowering<'a> {
 }
 
 impl<'a> Lowering<'a> {
-    fn new(module: &'a Module, fusion: &'a Fusion, unit: &'a Unit, space: Space) -> Option<Self> {
+    fn new(
+        module: &'a Module,
+        fusion: &'a Fusion,
+        unit: &'a Unit,
+        space: Space,
+        storage: &'a [Element],
+    ) -> Option<Self> {
         let body: BTreeSet<NodeId> = unit.body.clone();
         let sizes = boundaries(module, |id| fusion.views.of(id), |id| fusion.anchors[id as usize], &body, space)?;
         let mut lowering = Lowering {
             module,
             fusion,
             unit,
+            storage,
             space,
             rows: 1,
             cols: 1,
@@ -227,7 +247,7 @@ impl<'a> Lowering<'a> {
         let strides = self.strides(&view, reader)?;
         let outer = self.dims.len() - self.inner;
         let (rank, pattern) = classify(&strides, &self.dims, outer);
-        let dtype = self.module.node(view.root).dtype;
+        let dtype = self.storage[view.root as usize];
         self.inputs.push(Input { source: view.root, offset: view.offset, rank, dtype, pattern });
         let reg = self.emit(Instr::Load(self.inputs.len() - 1), rank);
         self.loads.insert(key, reg);
@@ -316,7 +336,7 @@ impl<'a> Lowering<'a> {
         let outputs = outputs
             .into_iter()
             .map(|(target, value, store)| {
-                let dtype = self.module.node(target).dtype;
+                let dtype = self.storage[target as usize];
                 Output { target, value: new[value], store, dtype }
             })
             .collect();

@@ -3,31 +3,31 @@
 use clip_host_plugin_api::ir::NodeId;
 use std::collections::HashMap;
 
-/// Buffers begin at multiples of this many elements (64 bytes).
-const ALIGN: usize = 16;
+/// Buffers begin at multiples of this many bytes: a cache line.
+const ALIGN: usize = 64;
 
 /// A buffer's life in launches, both ends included.
 #[derive(Clone, Copy, Debug)]
 pub struct Life {
     pub node: NodeId,
-    pub elements: usize,
+    pub bytes: usize,
     pub first: usize,
     pub last: usize,
 }
 
-/// Gives every buffer an offset so that no two that live at once overlap; the arena's length in elements comes second.
+/// Gives every buffer an offset so that no two that live at once overlap; the arena's length in bytes comes second.
 /// Largest first, each at the lowest place that is free for its whole life.
 pub fn pack(mut lives: Vec<Life>) -> (HashMap<NodeId, usize>, usize) {
-    lives.sort_by_key(|l| (std::cmp::Reverse(l.elements), l.node));
+    lives.sort_by_key(|l| (std::cmp::Reverse(l.bytes), l.node));
     let mut placed: Vec<(Life, usize)> = Vec::with_capacity(lives.len());
     let mut offsets = HashMap::new();
     let mut length = 0;
     for life in lives {
-        let size = life.elements.next_multiple_of(ALIGN).max(ALIGN);
+        let size = life.bytes.next_multiple_of(ALIGN).max(ALIGN);
         let mut busy: Vec<(usize, usize)> = placed
             .iter()
             .filter(|(other, _)| other.first <= life.last && life.first <= other.last)
-            .map(|(other, offset)| (*offset, offset + other.elements.next_multiple_of(ALIGN).max(ALIGN)))
+            .map(|(other, offset)| (*offset, offset + other.bytes.next_multiple_of(ALIGN).max(ALIGN)))
             .collect();
         busy.sort_unstable();
         let mut offset = 0;
@@ -58,11 +58,11 @@ mod tests {
         let lives: Vec<Life> = (0..200)
             .map(|node| {
                 let first = next(100) as usize;
-                Life { node, elements: 1 + next(500) as usize, first, last: first + next(20) as usize }
+                Life { node, bytes: 1 + next(500) as usize, first, last: first + next(20) as usize }
             })
             .collect();
         let (offsets, length) = pack(lives.clone());
-        let range = |l: &Life| (offsets[&l.node], offsets[&l.node] + l.elements);
+        let range = |l: &Life| (offsets[&l.node], offsets[&l.node] + l.bytes);
         for (i, a) in lives.iter().enumerate() {
             assert!(range(a).1 <= length && range(a).0 % ALIGN == 0);
             for b in &lives[..i] {
@@ -71,7 +71,7 @@ mod tests {
                 }
             }
         }
-        let total: usize = lives.iter().map(|l| l.elements.next_multiple_of(ALIGN)).sum();
+        let total: usize = lives.iter().map(|l| l.bytes.next_multiple_of(ALIGN)).sum();
         assert!(length < total / 2, "{length} of {total}");
     }
 }

@@ -1,10 +1,11 @@
 //! The plan: kernels in order, and the place of every value. Made once; a step only runs it.
 
 use crate::fuse::{Fusion, fuse};
-use crate::kernel::{Kernel, Operand, Pattern, Rank, Store};
+use crate::kernel::{Element, Kernel, Operand, Pattern, Rank, Store};
 use crate::lower::{LowerError, lower};
 use crate::memory::{Life, pack};
 use crate::module::{Class, Module, class};
+use crate::precision::{self, Precision};
 use clip_host_graph::program::{Program, ProgramError};
 use clip_host_plugin_api::ir::{DType, Node, NodeId, Op};
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
@@ -32,10 +33,11 @@ pub enum Region {
     Leaf(NodeId),
 }
 
-/// A place in a region, in elements of 4 bytes.
+/// A place in a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     pub region: Region,
+    /// In bytes.
     pub offset: usize,
 }
 
@@ -43,33 +45,45 @@ pub struct Place {
 pub struct Plan {
     pub nodes: Vec<Node>,
     pub kernels: Vec<Kernel>,
+    /// How each node's value is kept, if it is stored.
+    pub storage: Vec<Element>,
     /// The place of each stored value.
     pub places: HashMap<NodeId, Place>,
     /// Leaves that the program reads or writes.
     pub leaves: Vec<NodeId>,
     /// Results by name, as views of stored values.
     pub outputs: Vec<(String, Operand)>,
-    /// Arena length in elements.
+    /// Arena length in bytes.
     pub arena: usize,
     /// Floating-point operations of products and windows in one run.
     pub flops: f64,
 }
 
-/// Compiles a program: the visible list of passes, then fusion, schedule and memory.
+/// Compiles a program in f32.
 pub fn compile(program: &mut Program) -> Result<Plan, CompileError> {
+    compile_with(program, Precision::F32)
+}
+
+/// Compiles a program: the visible list of passes, then fusion, precision, schedule and memory.
+pub fn compile_with(program: &mut Program, precision: Precision) -> Result<Plan, CompileError> {
     program.run("decompose", crate::decompose::Decompose)?;
     program.run("simplify", crate::simplify::Simplify)?;
-    let module = Module::read(program);
+    let mut module = Module::read(program);
+    let towers = precision::take_boundaries(&mut module);
     if let Some(node) = module.nodes.iter().find(|n| n.elements() == 0) {
         return Err(CompileError::Empty { op: node.op.name(), shape: node.shape.clone() });
     }
     let fusion = fuse(&module);
-    plan(module, fusion)
+    let stored = stored(&module, &fusion);
+    let storage = match precision {
+        Precision::F32 => module.nodes.iter().map(|n| Element::of(n.dtype)).collect(),
+        Precision::Bf16 => precision::mixed(&module, &fusion, &stored, &towers),
+    };
+    plan(module, fusion, &stored, storage)
 }
 
-fn plan(module: Module, fusion: Fusion) -> Result<Plan, CompileError> {
-    let stored = stored(&module, &fusion);
-    let kernels = lower(&module, &fusion, &stored)?;
+fn plan(module: Module, fusion: Fusion, stored: &[bool], storage: Vec<Element>) -> Result<Plan, CompileError> {
+    let kernels = lower(&module, &fusion, stored, &storage)?;
     let keys: Vec<NodeId> = fusion.units.iter().map(|u| u.roots.last().copied().unwrap_or(0)).collect();
     let mut graph = Dependencies::new(&kernels, keys);
     let view = |id: NodeId| fusion.views.of(id);
@@ -84,7 +98,10 @@ fn plan(module: Module, fusion: Fusion) -> Result<Plan, CompileError> {
             && value_view.is_contiguous()
             && value_view.elements() == module.node(root).elements();
         let writer = graph.writer.get(&root).copied();
-        let free = whole && class(&module.node(root).op) != Class::Leaf && !alias.contains_key(&root);
+        let free = whole
+            && class(&module.node(root).op) != Class::Leaf
+            && !alias.contains_key(&root)
+            && storage[root as usize] == storage[leaf as usize];
         match writer {
             Some(writer)
                 if free && may_write_in_place(&kernels[writer], leaf, root) && graph.order_readers(leaf, writer) =>
@@ -113,11 +130,12 @@ fn plan(module: Module, fusion: Fusion) -> Result<Plan, CompileError> {
             let source = module.node(input.source);
             let whole = input.offset == 0 && elements == source.elements();
             let owned = class(&source.op) != Class::Leaf && !alias.contains_key(&input.source);
+            let alike = storage[input.source as usize] == storage[*node as usize];
             let single = inputs.iter().filter(|i| i.source == input.source).count() == 1;
-            if whole && owned && single && !parent.contains_key(&input.source) {
+            if whole && owned && single && alike && !parent.contains_key(&input.source) {
                 parent.insert(input.source, (*node, offset));
             }
-            offset += elements;
+            offset += elements * storage[*node as usize].bytes();
         }
     }
 
@@ -134,9 +152,9 @@ fn plan(module: Module, fusion: Fusion) -> Result<Plan, CompileError> {
             (name.clone(), Operand { source: view.root, offset: view.offset, dims: view.dims.clone() })
         })
         .collect();
-    let (places, arena, leaves) = place(&module, &kernels, &outputs, &alias, &parent)?;
+    let (places, arena, leaves) = place(&module, &kernels, &outputs, &alias, &parent, &storage)?;
     let flops = kernels.iter().map(flops).sum();
-    Ok(Plan { nodes: module.nodes, kernels, places, leaves, outputs, arena, flops })
+    Ok(Plan { nodes: module.nodes, kernels, storage, places, leaves, outputs, arena, flops })
 }
 
 /// The roots that someone outside their unit reads.
@@ -263,6 +281,7 @@ fn place(
     outputs: &[(String, Operand)],
     alias: &HashMap<NodeId, Place>,
     parent: &HashMap<NodeId, (NodeId, usize)>,
+    storage: &[Element],
 ) -> Result<Placed, CompileError> {
     let is_leaf = |id: NodeId| class(&module.node(id).op) == Class::Leaf;
     let base = |mut id: NodeId| {
@@ -291,8 +310,8 @@ fn place(
             }
             touched.insert(id);
             let (id, _) = base(id);
-            let elements = module.node(id).elements();
-            let life = lives.entry(id).or_insert(Life { node: id, elements, first: time, last: time });
+            let bytes = module.node(id).elements() * storage[id as usize].bytes();
+            let life = lives.entry(id).or_insert(Life { node: id, bytes, first: time, last: time });
             life.last = time;
         }
     }

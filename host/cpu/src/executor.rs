@@ -2,10 +2,11 @@
 
 use crate::fused::Program;
 use crate::memory::{Address, Buffer, Memory};
-use clip_host_compiler::kernel::{Kernel, Operand};
+use crate::tape;
+use clip_host_compiler::kernel::{Element, Kernel, Operand};
 use clip_host_compiler::plan::Plan;
 use clip_host_cpu_kernels as kernels;
-use clip_host_cpu_kernels::{ConvShape, Gemm, Pool2dShape, ThreadPool};
+use clip_host_cpu_kernels::{ConvShape, Elements, ElementsMut, Gemm, Pool2dShape, ThreadPool};
 use clip_host_plugin_api::ir::{Conv, DType, Layout, NodeId, Op, Pool};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -69,8 +70,22 @@ enum Leaf {
 
 enum Launch {
     Fused(Box<Program>),
-    Own { op: Op, output: Address, inputs: Vec<Address>, views: Vec<Operand>, shape: Vec<usize>, in_place: Vec<bool> },
-    Copy { output: Address, input: Address, view: Operand },
+    Own { op: Op, output: Target, inputs: Vec<Source>, shape: Vec<usize>, in_place: Vec<bool> },
+    Copy { output: Target, input: Source },
+}
+
+/// An operand's place and how it is read.
+struct Source {
+    address: Address,
+    element: Element,
+    view: Operand,
+}
+
+/// A result's place.
+#[derive(Clone, Copy)]
+struct Target {
+    address: Address,
+    element: Element,
 }
 
 /// A plan made ready: kernels prepared, memory taken once.
@@ -116,7 +131,7 @@ impl Executor {
                 }
                 Op::Input { name } => {
                     inputs.insert(name.clone(), index);
-                    Leaf::Own(Buffer::new(elements))
+                    Leaf::Own(Buffer::new((elements * plan.storage[id as usize].bytes()).div_ceil(4)))
                 }
                 other => return Err(ExecuteError::Unsupported { op: other.name(), layout: "a leaf's place".into() }),
             });
@@ -125,6 +140,11 @@ impl Executor {
             Some(&place) => Address::of(&plan, place),
             None => Address { block: 0, offset: 0 },
         };
+        let source = |view: &Operand| {
+            let element = plan.storage[view.source as usize];
+            Source { address: address(view.source).plus(view.offset, element), element, view: view.clone() }
+        };
+        let target = |id: NodeId| Target { address: address(id), element: plan.storage[id as usize] };
         let mut launches = Vec::with_capacity(plan.kernels.len());
         for kernel in &plan.kernels {
             launches.push(match kernel {
@@ -134,32 +154,24 @@ impl Executor {
                 }
                 Kernel::Own { op, node, inputs, shape } => {
                     check_layout(op)?;
-                    let output = address(*node);
-                    let addresses: Vec<Address> = inputs.iter().map(|i| address(i.source).plus(i.offset)).collect();
+                    let output = target(*node);
+                    let inputs: Vec<Source> = inputs.iter().map(source).collect();
                     let mut offset = 0;
                     let in_place = inputs
                         .iter()
-                        .zip(&addresses)
-                        .map(|(input, &at)| {
-                            let here = at == output.plus(offset);
-                            offset += input.dims.iter().map(|d| d.0).product::<usize>();
+                        .map(|input| {
+                            let here = input.address == output.address.plus(offset, output.element);
+                            offset += elements(&input.view);
                             here
                         })
                         .collect();
-                    let (op, views, shape) = (op.clone(), inputs.clone(), shape.clone());
-                    Launch::Own { op, output, inputs: addresses, views, shape, in_place }
+                    Launch::Own { op: op.clone(), output, inputs, shape: shape.clone(), in_place }
                 }
-                Kernel::Copy { node, input } => {
-                    let from = address(input.source).plus(input.offset);
-                    Launch::Copy { output: address(*node), input: from, view: input.clone() }
-                }
-                Kernel::Store { leaf, value } => {
-                    let from = address(value.source).plus(value.offset);
-                    Launch::Copy { output: address(*leaf), input: from, view: value.clone() }
-                }
+                Kernel::Copy { node, input } => Launch::Copy { output: target(*node), input: source(input) },
+                Kernel::Store { leaf, value } => Launch::Copy { output: target(*leaf), input: source(value) },
             });
         }
-        let arena = Buffer::new(plan.arena);
+        let arena = Buffer::new(plan.arena.div_ceil(4));
         let blocks = vec![0; plan.leaves.len() + 1];
         let count = launches.len();
         Ok(Executor {
@@ -195,9 +207,12 @@ impl Executor {
         self.phase_ends = ends;
     }
 
-    fn input(&mut self, name: &str) -> Option<&mut Buffer> {
-        match &mut self.leaves[*self.inputs.get(name)?] {
-            Leaf::Own(buffer) => Some(buffer),
+    /// An input's memory, its elements and how they are kept.
+    fn input(&mut self, name: &str) -> Option<(&mut Buffer, usize, Element)> {
+        let index = *self.inputs.get(name)?;
+        let id = self.plan.leaves[index] as usize;
+        match &mut self.leaves[index] {
+            Leaf::Own(buffer) => Some((buffer, self.plan.nodes[id].elements(), self.plan.storage[id])),
             Leaf::Stored(_) => None,
         }
     }
@@ -209,16 +224,22 @@ impl Executor {
 
     /// Fills an f32 input; one that the program does not read is passed over.
     pub fn set_f32(&mut self, name: &str, values: &[f32]) -> Result<(), ExecuteError> {
-        let Some(buffer) = self.input(name) else { return Ok(()) };
-        check_size(name, buffer.len(), values.len())?;
-        buffer.as_mut_slice().copy_from_slice(values);
+        let Some((buffer, elements, element)) = self.input(name) else { return Ok(()) };
+        check_size(name, elements, values.len())?;
+        match element {
+            Element::Bf16 => {
+                let out = &mut buffer.as_mut_bf16()[..elements];
+                out.iter_mut().zip(values).for_each(|(out, &value)| *out = tape::narrowed(value));
+            }
+            _ => buffer.as_mut_slice().copy_from_slice(values),
+        }
         Ok(())
     }
 
     /// Fills an i32 input; one that the program does not read is passed over.
     pub fn set_i32(&mut self, name: &str, values: &[i32]) -> Result<(), ExecuteError> {
-        let Some(buffer) = self.input(name) else { return Ok(()) };
-        check_size(name, buffer.len(), values.len())?;
+        let Some((buffer, elements, _)) = self.input(name) else { return Ok(()) };
+        check_size(name, elements, values.len())?;
         buffer.as_mut_i32().copy_from_slice(values);
         Ok(())
     }
@@ -251,7 +272,7 @@ impl Executor {
             }
             let began = self.timings.is_some().then(Instant::now);
             // SAFETY: the addresses come from the plan that the blocks were made for, and no two kernels run at once.
-            unsafe { run_launch(launch, &self.plan, &self.pool, memory, seed)? };
+            unsafe { run_launch(launch, &self.pool, memory, seed)? };
             if let (Some(began), Some(timings)) = (began, &mut self.timings) {
                 timings[index] += began.elapsed().as_secs_f64();
             }
@@ -264,16 +285,21 @@ impl Executor {
     pub fn output(&self, store: &Store, name: &str) -> Option<Vec<f32>> {
         let (_, operand) = self.plan.outputs.iter().find(|(n, _)| n == name)?;
         let place = *self.plan.places.get(&operand.source)?;
-        let address = Address::of(&self.plan, place).plus(operand.offset);
+        let element = self.plan.storage[operand.source as usize];
+        let address = Address::of(&self.plan, place).plus(operand.offset, element);
         let block = match address.block {
-            0 => self.arena.as_slice(),
+            0 => &self.arena,
             leaf => match &self.leaves[leaf - 1] {
-                Leaf::Own(buffer) => buffer.as_slice(),
-                Leaf::Stored(index) => store.buffers.get(*index)?.as_slice(),
+                Leaf::Own(buffer) => buffer,
+                Leaf::Stored(index) => store.buffers.get(*index)?,
             },
         };
-        let elements = operand.dims.iter().map(|d| d.0).product::<usize>();
-        Some(block.get(address.offset..address.offset + elements)?.to_vec())
+        let start = address.offset / element.bytes();
+        let range = start..start + elements(operand);
+        Some(match element {
+            Element::Bf16 => block.as_bf16().get(range)?.iter().map(|&v| tape::widened(v)).collect(),
+            _ => block.as_slice().get(range)?.to_vec(),
+        })
     }
 }
 
@@ -347,94 +373,88 @@ fn pool_shape(pool: &Pool, x: &[usize], y: &[usize]) -> Pool2dShape {
 ///
 /// # Safety
 /// `memory` must hold the blocks of the plan that the launch was prepared from, used by nobody else meanwhile.
-unsafe fn run_launch(
-    launch: &mut Launch,
-    plan: &Plan,
-    pool: &ThreadPool,
-    memory: Memory,
-    seed: u64,
-) -> Result<(), ExecuteError> {
+unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, seed: u64) -> Result<(), ExecuteError> {
     // SAFETY: the caller's promise; a kernel's output never overlaps its inputs, except where they are the same.
     unsafe {
         match launch {
             Launch::Fused(program) => program.run(pool, memory, seed),
-            Launch::Copy { output, input, view } => {
+            Launch::Copy { output, input } => {
+                let view = &input.view;
                 let strides: Vec<usize> = view.dims.iter().map(|d| d.1).collect();
-                let from = memory.slice(*input, extent(view));
-                kernels::copy_strided(pool, &sizes(view), &strides, from, memory.slice_mut(*output, elements(view)));
+                let (from, to) = (input.elements(memory), output.elements(memory, elements(view)));
+                kernels::copy_strided(pool, &sizes(view), &strides, from, to);
             }
-            Launch::Own { op, output, inputs, views, shape, in_place } => {
+            Launch::Own { op, output, inputs, shape, in_place } => {
+                let (op, shape) = (&*op, &*shape);
                 let out_len: usize = shape.iter().product();
-                let integers = plan.nodes[views[0].source as usize].dtype == DType::I32;
-                let input = |i: usize| memory.slice(inputs[i], extent(&views[i]));
-                let ids = |i: usize| {
-                    let s = memory.slice(inputs[i], extent(&views[i]));
-                    std::slice::from_raw_parts(s.as_ptr().cast::<i32>(), s.len())
-                };
-                let out = memory.slice_mut(*output, out_len);
+                let view = |i: usize| &inputs[i].view;
+                let input = |i: usize| inputs[i].elements(memory);
+                let ids = |i: usize| memory.slice::<i32>(inputs[i].address, extent(view(i)));
+                let out = output.elements(memory, out_len);
                 match op {
-                    Op::Matmul => matmul(pool, &views[0], &views[1], input(0), input(1), out),
+                    Op::Matmul => matmul(pool, view(0), view(1), input(0), input(1), out),
                     Op::Conv2d(conv) => {
-                        let s = conv_shape(conv, &sizes(&views[0]), &sizes(&views[1]), shape);
-                        kernels::conv2d_forward(pool, &s, input(0), input(1), None, out, false);
+                        let s = conv_shape(conv, &sizes(view(0)), &sizes(view(1)), shape);
+                        kernels::conv2d_forward(pool, &s, input(0), input(1), None, out, false, None);
                     }
                     Op::Conv2dInputGrad(conv) => {
-                        let s = conv_shape(conv, shape, &sizes(&views[1]), &sizes(&views[0]));
+                        let s = conv_shape(conv, shape, &sizes(view(1)), &sizes(view(0)));
                         kernels::conv2d_input_grad(pool, &s, input(0), input(1), out, false);
                     }
                     Op::Conv2dWeightGrad(conv) => {
-                        let s = conv_shape(conv, &sizes(&views[0]), shape, &sizes(&views[1]));
-                        kernels::conv2d_weight_grad(pool, &s, input(0), input(1), out, false);
+                        let s = conv_shape(conv, &sizes(view(0)), shape, &sizes(view(1)));
+                        kernels::conv2d_weight_grad(pool, &s, input(0), input(1), single(op, out)?, false);
                     }
                     Op::MaxPool2d(p) => {
-                        kernels::max_pool2d_forward(pool, &pool_shape(p, &sizes(&views[0]), shape), input(0), out);
+                        kernels::max_pool2d_forward(pool, &pool_shape(p, &sizes(view(0)), shape), input(0), out);
                     }
                     Op::MaxPool2dGrad(p) => {
-                        let s = pool_shape(p, shape, &sizes(&views[1]));
+                        let s = pool_shape(p, shape, &sizes(view(1)));
                         kernels::max_pool2d_backward(pool, &s, input(0), input(1), out);
                     }
                     Op::AvgPool2d(p) => {
-                        let s = pool_shape(p, &sizes(&views[0]), shape);
+                        let s = pool_shape(p, &sizes(view(0)), shape);
                         kernels::avg_pool2d_forward(pool, &s, input(0), out, p.count_include_pad);
                     }
                     Op::AvgPool2dGrad(p) => {
-                        let s = pool_shape(p, shape, &sizes(&views[0]));
+                        let s = pool_shape(p, shape, &sizes(view(0)));
                         kernels::avg_pool2d_backward(pool, &s, input(0), out, p.count_include_pad);
                     }
                     Op::Gather => {
-                        let width = sizes(&views[0])[1..].iter().product();
-                        kernels::gather_rows(pool, input(0), width, ids(1), out)?;
+                        let width = sizes(view(0))[1..].iter().product();
+                        kernels::gather_rows(pool, inputs[0].single(op, memory)?, width, ids(1), single(op, out)?)?;
                     }
                     Op::ScatterAdd => {
+                        let (rows, out) = (inputs[1].single(op, memory)?, single(op, out)?);
                         out.fill(0.0);
                         let width = shape[1..].iter().product();
-                        kernels::scatter_add_rows(pool, input(1), width, ids(0), out)?;
+                        kernels::scatter_add_rows(pool, rows, width, ids(0), out)?;
                     }
                     Op::Scatter => {
-                        if inputs[0] != *output {
-                            out.copy_from_slice(input(0));
+                        let (rows, out) = (inputs[2].single(op, memory)?, single(op, out)?);
+                        if inputs[0].address != output.address {
+                            out.copy_from_slice(inputs[0].single(op, memory)?);
                         }
                         let width = shape[1..].iter().product();
-                        kernels::scatter_rows(pool, input(2), width, ids(1), out)?;
+                        kernels::scatter_rows(pool, rows, width, ids(1), out)?;
                     }
                     Op::Pad { before, value, .. } => {
+                        let out = single(op, out)?;
                         out.fill(*value as f32);
-                        place_block(input(0), &sizes(&views[0]), shape, before, out);
+                        place_block(input(0), &sizes(view(0)), shape, before, out);
                     }
                     Op::Concat { axis } => {
+                        let out = single(op, out)?;
                         let mut before = vec![0; shape.len()];
-                        for (i, view) in views.iter().enumerate() {
+                        for (i, source) in inputs.iter().enumerate() {
                             // Parts that were computed in place are there already.
                             if !(in_place[i] && shape[..*axis].iter().all(|&d| d == 1)) {
-                                place_block(input(i), &sizes(view), shape, &before, out);
+                                place_block(input(i), &sizes(&source.view), shape, &before, out);
                             }
-                            before[*axis] += view.dims[*axis].0;
+                            before[*axis] += source.view.dims[*axis].0;
                         }
                     }
-                    other => {
-                        let layout = if integers { "i32" } else { "f32" };
-                        return Err(ExecuteError::Unsupported { op: other.name(), layout: layout.into() });
-                    }
+                    other => return Err(unsupported(other, inputs[0].element)),
                 }
             }
         }
@@ -442,13 +462,79 @@ unsafe fn run_launch(
     Ok(())
 }
 
-/// Copies a block into a larger tensor at an offset, row by row.
-fn place_block(from: &[f32], sizes: &[usize], into: &[usize], at: &[usize], out: &mut [f32]) {
-    let Some(&row) = sizes.last() else {
-        if let (Some(out), Some(from)) = (out.first_mut(), from.first()) {
-            *out = *from;
+impl Source {
+    /// The operand's memory, as far as it is read.
+    ///
+    /// # Safety
+    /// As [`Memory::slice`].
+    unsafe fn elements<'m>(&self, memory: Memory<'m>) -> Elements<'m> {
+        let len = extent(&self.view);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.element {
+                Element::Bf16 => Elements::Bf16(memory.slice(self.address, len)),
+                _ => Elements::F32(memory.slice(self.address, len)),
+            }
         }
-        return;
+    }
+
+    /// The same for an op that reads 4-byte elements only.
+    ///
+    /// # Safety
+    /// As [`Memory::slice`].
+    unsafe fn single<'m>(&self, op: &Op, memory: Memory<'m>) -> Result<&'m [f32], ExecuteError> {
+        // SAFETY: the caller's promise.
+        match unsafe { self.elements(memory) } {
+            Elements::F32(values) => Ok(values),
+            Elements::Bf16(_) => Err(unsupported(op, Element::Bf16)),
+        }
+    }
+}
+
+impl Target {
+    /// The result's memory.
+    ///
+    /// # Safety
+    /// As [`Memory::slice_mut`].
+    unsafe fn elements<'m>(&self, memory: Memory<'m>, len: usize) -> ElementsMut<'m> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.element {
+                Element::Bf16 => ElementsMut::Bf16(memory.slice_mut(self.address, len)),
+                _ => ElementsMut::F32(memory.slice_mut(self.address, len)),
+            }
+        }
+    }
+}
+
+/// The result of an op that writes 4-byte elements only.
+fn single<'m>(op: &Op, out: ElementsMut<'m>) -> Result<&'m mut [f32], ExecuteError> {
+    match out {
+        ElementsMut::F32(values) => Ok(values),
+        ElementsMut::Bf16(_) => Err(unsupported(op, Element::Bf16)),
+    }
+}
+
+fn unsupported(op: &Op, element: Element) -> ExecuteError {
+    ExecuteError::Unsupported { op: op.name(), layout: element.name().into() }
+}
+
+/// Copies a block into a larger tensor at an offset, row by row.
+fn place_block(from: Elements, sizes: &[usize], into: &[usize], at: &[usize], out: &mut [f32]) {
+    match from {
+        Elements::F32(from) => place_rows(from, sizes, into, at, |from, at| {
+            out[at..at + from.len()].copy_from_slice(from);
+        }),
+        Elements::Bf16(from) => place_rows(from, sizes, into, at, |from, at| {
+            out[at..].iter_mut().zip(from).for_each(|(out, &value)| *out = tape::widened(value));
+        }),
+    }
+}
+
+/// Calls `put` with each row of a block and where it begins in the larger tensor.
+fn place_rows<T>(from: &[T], sizes: &[usize], into: &[usize], at: &[usize], mut put: impl FnMut(&[T], usize)) {
+    let Some(&row) = sizes.last() else {
+        return put(from, 0);
     };
     let outer = sizes.len() - 1;
     let mut strides = vec![1; into.len()];
@@ -461,12 +547,12 @@ fn place_block(from: &[f32], sizes: &[usize], into: &[usize], at: &[usize], out:
             offset += (left % sizes[d] + at[d]) * strides[d];
             left /= sizes[d];
         }
-        out[offset..offset + row].copy_from_slice(chunk);
+        put(chunk, offset);
     }
 }
 
 /// A batched product over strided operands.
-fn matmul(pool: &ThreadPool, a: &Operand, b: &Operand, left: &[f32], right: &[f32], out: &mut [f32]) {
+fn matmul(pool: &ThreadPool, a: &Operand, b: &Operand, left: Elements, right: Elements, out: ElementsMut) {
     let rank = a.dims.len();
     let (m, k, n) = (a.dims[rank - 2].0, a.dims[rank - 1].0, b.dims[rank - 1].0);
     let mut batch = [0usize; 8];

@@ -3,10 +3,10 @@
 
 use crate::memory::{Address, Memory};
 use crate::tape::{self, Arg};
-use clip_host_compiler::kernel::{Fused, Instr, Pattern, Rank, Store};
+use clip_host_compiler::kernel::{Element, Fused, Instr, Pattern, Rank, Store};
 use clip_host_compiler::lower::operands;
-use clip_host_cpu_kernels::{Isa, ThreadPool};
-use clip_host_plugin_api::ir::{DType, NodeId};
+use clip_host_cpu_kernels::{Isa, ThreadPool, bf16};
+use clip_host_plugin_api::ir::NodeId;
 
 /// Elements of a tile; fewer when many values live at once.
 const TILE: usize = 1024;
@@ -35,13 +35,15 @@ enum Source {
     Direct,
     /// Written into the slot for each tile.
     Gathered,
+    /// Likewise, from bf16 in the tile's own order.
+    Widened,
     /// One vector for all rows, repeated over a tile's rows once per task.
     Repeated,
 }
 
 struct Load {
     address: Address,
-    integer: bool,
+    element: Element,
     rows: Rows,
     cols: Cols,
     source: Source,
@@ -67,7 +69,7 @@ struct Out {
     address: Address,
     value: usize,
     store: Store,
-    integer: bool,
+    element: Element,
     /// Written by its instruction already.
     direct: bool,
     /// Offset in the partial sums, and their number for each segment.
@@ -149,8 +151,8 @@ impl Program {
     fn prepare_loads(&mut self, kernel: &Fused, place: &impl Fn(NodeId) -> Address) {
         let outer = kernel.dims.len() - kernel.inner;
         for input in &kernel.inputs {
-            let integer = input.dtype == DType::I32;
-            let address = place(input.source).plus(input.offset);
+            let element = input.dtype;
+            let address = place(input.source).plus(input.offset, element);
             let (rows, cols) = match (&input.pattern, input.rank) {
                 (_, Rank::Scalar) => (Rows::Linear(0), Cols::Stride(0)),
                 (Pattern::Same, Rank::Row) => (Rows::Linear(1), Cols::Stride(0)),
@@ -171,13 +173,14 @@ impl Program {
                 }
             };
             let source = match (input.rank, &input.pattern) {
-                _ if integer => Source::Gathered,
+                (Rank::Full | Rank::Row, Pattern::Same) if element == Element::Bf16 => Source::Widened,
+                _ if element != Element::F32 => Source::Gathered,
                 (Rank::Full | Rank::Row, Pattern::Same) => Source::Direct,
                 (Rank::Full, Pattern::Column) if self.tile_rows == 1 => Source::Direct,
                 (Rank::Full, Pattern::Column) => Source::Repeated,
                 _ => Source::Gathered,
             };
-            self.loads.push(Load { address, integer, rows, cols, source });
+            self.loads.push(Load { address, element, rows, cols, source });
         }
     }
 
@@ -189,7 +192,7 @@ impl Program {
                 address: place(output.target),
                 value: output.value,
                 store: output.store,
-                integer: output.dtype == DType::I32,
+                element: output.dtype,
                 direct: false,
                 partial,
             });
@@ -229,7 +232,7 @@ impl Program {
             let direct_output = self.outs.iter().position(|o| {
                 o.value == at
                     && o.store == Store::Each
-                    && !o.integer
+                    && o.element == Element::F32
                     && !read.iter().any(|r| r.block == o.address.block && o.address.block > 0)
             });
             let once = match instr {
@@ -286,7 +289,7 @@ impl Program {
             unsafe {
                 match isa {
                     #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512 => task_avx512(this, task, memory, scratch, partials.get(), seed),
+                    Isa::Avx512 | Isa::Avx512Bf16 => task_avx512(this, task, memory, scratch, partials.get(), seed),
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx2 => task_avx2(this, task, memory, scratch, partials.get(), seed),
                     _ => this.task(task, memory, scratch, partials.get(), seed),
@@ -309,14 +312,14 @@ impl Program {
                 Store::SumAll => {
                     let total: f64 = partials[..self.tasks].iter().map(|&v| f64::from(v)).sum();
                     // SAFETY: the output is one element of the plan's.
-                    unsafe { *memory.at(out.address) = total as f32 };
+                    unsafe { *memory.at::<f32>(out.address) = total as f32 };
                 }
                 Store::MaxAll => {
                     let top = partials[..self.tasks]
                         .iter()
                         .fold(f32::NEG_INFINITY, |m, &v| if v > m || v.is_nan() { v } else { m });
                     // SAFETY: as above.
-                    unsafe { *memory.at(out.address) = top };
+                    unsafe { *memory.at::<f32>(out.address) = top };
                 }
                 Store::SumRows { segment } | Store::MaxRows { segment } => {
                     let is_max = matches!(out.store, Store::MaxRows { .. });
@@ -324,7 +327,7 @@ impl Program {
                     for s in 0..self.rows / segment.max(1) {
                         // SAFETY: the output has a row of `cols` for each segment; so have the partial sums.
                         unsafe {
-                            let into = memory.at(out.address).add(s * n);
+                            let into = memory.at::<f32>(out.address).add(s * n);
                             let from = partials.as_ptr().add(s * self.chunks_per_segment * n);
                             std::ptr::copy_nonoverlapping(from, into, n);
                             for chunk in 1..self.chunks_per_segment {
@@ -399,7 +402,7 @@ impl Program {
                 } else if let (Instr::Load(load), Slot::Scratch(offset)) = (&step.instr, step.slot)
                     && let Source::Repeated = self.loads[*load].source
                 {
-                    let from = memory.at(self.loads[*load].address);
+                    let from = memory.at::<f32>(self.loads[*load].address);
                     let slot = scratch.add(offset);
                     for row in 0..self.tile_rows {
                         std::ptr::copy_nonoverlapping(from, slot.add(row * self.cols), self.cols);
@@ -410,8 +413,8 @@ impl Program {
                     let out = &raw mut value;
                     match &step.instr {
                         Instr::Load(load) => {
-                            let from = memory.at(self.loads[*load].address);
-                            value = if self.loads[*load].integer { *from.cast::<i32>() as f32 } else { *from };
+                            let load = &self.loads[*load];
+                            value = read(memory, load.address, load.element, 0);
                         }
                         Instr::Unary(op, a) => tape::unary(*op, regs[*a], out, 1),
                         Instr::Binary(op, a, b) => tape::binary(*op, regs[*a], regs[*b], out, 1),
@@ -470,7 +473,7 @@ impl Program {
                     Slot::Scratch(offset) => scratch.add(offset),
                     Slot::Output(output) => {
                         let start = if step.rank == Rank::Full { flat } else { row };
-                        memory.at(self.outs[output].address).add(start)
+                        memory.at::<f32>(self.outs[output].address).add(start)
                     }
                     Slot::None => std::ptr::null_mut(),
                 };
@@ -485,8 +488,12 @@ impl Program {
                                     (_, Rank::Full) => flat,
                                     _ => row,
                                 };
-                                regs[at] = Arg::Vector(memory.at(load.address).add(start));
+                                regs[at] = Arg::Vector(memory.at::<f32>(load.address).add(start));
                                 continue;
+                            }
+                            Source::Widened => {
+                                let start = if step.rank == Rank::Full { flat } else { row };
+                                tape::widen(memory.at::<bf16>(load.address).add(start), out, n);
                             }
                             Source::Gathered => self.gather(load, step.rank, tile, memory, out),
                         }
@@ -570,11 +577,7 @@ impl Program {
     unsafe fn gather(&self, load: &Load, rank: Rank, tile: Tile, memory: Memory, out: *mut f32) {
         // SAFETY: the plan's strides stay inside the operand.
         unsafe {
-            let base = memory.at(load.address);
-            let read = |offset: usize| {
-                let from = base.add(offset);
-                if load.integer { *from.cast::<i32>() as f32 } else { *from }
-            };
+            let read = |offset: usize| read(memory, load.address, load.element, offset);
             for r in 0..tile.rows {
                 let start = row_offset(&load.rows, tile.row + r);
                 if rank == Rank::Row {
@@ -583,8 +586,12 @@ impl Program {
                 }
                 let to = out.add(r * tile.cols);
                 match &load.cols {
-                    Cols::Unit if !load.integer => {
-                        std::ptr::copy_nonoverlapping(base.add(start + tile.col), to, tile.cols);
+                    Cols::Unit if load.element == Element::F32 => {
+                        let from = memory.at::<f32>(load.address).add(start + tile.col);
+                        std::ptr::copy_nonoverlapping(from, to, tile.cols);
+                    }
+                    Cols::Unit if load.element == Element::Bf16 => {
+                        tape::widen(memory.at::<bf16>(load.address).add(start + tile.col), to, tile.cols);
                     }
                     Cols::Unit => (0..tile.cols).for_each(|c| *to.add(c) = read(start + tile.col + c)),
                     Cols::Stride(s) => (0..tile.cols).for_each(|c| *to.add(c) = read(start + (tile.col + c) * s)),
@@ -646,10 +653,10 @@ impl Program {
                     Store::Each if out.direct => {}
                     Store::Each => {
                         let start = if rank == Rank::Full { row * self.cols + col } else { row };
-                        let to = memory.at(out.address).add(start);
-                        match out.integer {
-                            true => tape::to_integers(value, to.cast(), n),
-                            false => tape::unary_identity(value, to, n),
+                        match out.element {
+                            Element::F32 => tape::unary_identity(value, memory.at::<f32>(out.address).add(start), n),
+                            Element::I32 => tape::to_integers(value, memory.at::<i32>(out.address).add(start), n),
+                            Element::Bf16 => tape::narrow(value, memory.at::<bf16>(out.address).add(start), n),
                         }
                     }
                     Store::SumAll | Store::MaxAll => {
@@ -702,6 +709,22 @@ fn table(dims: &[usize], strides: &[usize]) -> Vec<u32> {
         offsets = offsets.iter().flat_map(|o| (0..size).map(move |i| o + (i * stride) as u32)).collect();
     }
     offsets
+}
+
+/// One element of an operand.
+///
+/// # Safety
+/// The address comes from the plan that the blocks were made for, and so does what lies `offset` elements further.
+#[inline(always)]
+unsafe fn read(memory: Memory, address: Address, element: Element, offset: usize) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match element {
+            Element::F32 => *memory.at::<f32>(address).add(offset),
+            Element::I32 => *memory.at::<i32>(address).add(offset) as f32,
+            Element::Bf16 => tape::widened(*memory.at::<bf16>(address).add(offset)),
+        }
+    }
 }
 
 #[inline(always)]

@@ -1,6 +1,8 @@
 //! Memory of a run: the arena and the leaves, addressed by the plan's places.
 
+use clip_host_compiler::kernel::Element;
 use clip_host_compiler::plan::{Place, Plan, Region};
+use clip_host_cpu_kernels::bf16;
 use clip_host_plugin_api::ir::NodeId;
 use memmap2::MmapMut;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -10,7 +12,7 @@ use std::ptr::NonNull;
 /// model for the first time is many times faster, and its kernels miss the address cache less.
 const MAPPED: usize = 1 << 20;
 
-/// 4-byte elements at a cache line's start, zero at first. Holds f32, or i32 by its bits.
+/// 4-byte elements at a cache line's start, zero at first. Holds f32, or i32 or pairs of bf16 by their bits.
 pub struct Buffer {
     start: NonNull<f32>,
     len: usize,
@@ -70,6 +72,18 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len) }
     }
 
+    /// Two for each of the buffer's elements.
+    pub fn as_mut_bf16(&mut self) -> &mut [bf16] {
+        // SAFETY: half the size each, twice as many, a smaller alignment; every bit pattern is valid.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len * 2) }
+    }
+
+    /// Two for each of the buffer's elements.
+    pub fn as_bf16(&self) -> &[bf16] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.len * 2) }
+    }
+
     pub(crate) fn as_ptr(&self) -> *mut f32 {
         self.start.as_ptr()
     }
@@ -89,6 +103,7 @@ impl Drop for Buffer {
 pub struct Address {
     /// 0 is the arena, `1 + i` the plan's i-th leaf.
     pub block: usize,
+    /// In bytes.
     pub offset: usize,
 }
 
@@ -101,8 +116,9 @@ impl Address {
         Address { block, offset: place.offset }
     }
 
-    pub fn plus(self, offset: usize) -> Address {
-        Address { offset: self.offset + offset, ..self }
+    /// The address `elements` further.
+    pub fn plus(self, elements: usize, element: Element) -> Address {
+        Address { offset: self.offset + elements * element.bytes(), ..self }
     }
 }
 
@@ -126,14 +142,14 @@ impl<'a> Memory<'a> {
     /// # Safety
     /// The address must come from the plan that the blocks were made for.
     #[inline(always)]
-    pub unsafe fn at(&self, address: Address) -> *mut f32 {
-        // SAFETY: the plan's places lie inside their blocks.
-        unsafe { self.blocks.get_unchecked(address.block).add(address.offset) }
+    pub unsafe fn at<T>(&self, address: Address) -> *mut T {
+        // SAFETY: the plan's places lie inside their blocks, aligned for their element.
+        unsafe { self.blocks.get_unchecked(address.block).byte_add(address.offset).cast() }
     }
 
     /// # Safety
     /// As [`Memory::at`]; nobody writes these elements while the slice is used.
-    pub unsafe fn slice(&self, address: Address, len: usize) -> &'a [f32] {
+    pub unsafe fn slice<T>(&self, address: Address, len: usize) -> &'a [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts(self.at(address), len) }
     }
@@ -141,7 +157,7 @@ impl<'a> Memory<'a> {
     /// # Safety
     /// As [`Memory::at`]; nobody else uses these elements while the slice is used.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn slice_mut(&self, address: Address, len: usize) -> &'a mut [f32] {
+    pub unsafe fn slice_mut<T>(&self, address: Address, len: usize) -> &'a mut [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.at(address), len) }
     }

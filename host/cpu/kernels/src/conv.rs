@@ -9,8 +9,11 @@
 //! - weight gradient: rows are output channels, depth is output pixels, columns are (tap, input channel).
 
 use crate::blocked::{DenseRows, Panels, Problem, Rows, SLOT_CALLER, Strided, copy_lines, multiply};
+use crate::convert::{rounded, through_f32};
 use crate::depthwise;
+use crate::elements::{Elements, ElementsMut};
 use crate::microkernel::{MAX_NR, MicroKernels, prefetch};
+use crate::moments::column_moments;
 use crate::threads::{SharedMut, ThreadPool};
 
 /// The sizes of a convolution. Pairs are (height, width).
@@ -119,11 +122,39 @@ impl ConvShape {
 
 /// `output[b, y, x, o] (+)= bias[o] + sum over taps and i of input * weight[o, i, tap]`.
 ///
-/// `bias` holds `out_c` values.
+/// `bias` holds `out_c` values. If `moments` is given it takes the mean of each output channel over the pixels of all
+/// images and then, `out_c` further, the population variance: of the values as they are stored.
+///
+/// If one of the operands is bf16, both are multiplied as bf16 (an f32 operand is rounded) and summed in f32; a result
+/// in bf16 is rounded once, after accumulation and bias.
 ///
 /// # Panics
 /// If the shape contradicts itself or a slice's length: the caller's invariant, checked once.
+#[allow(clippy::too_many_arguments)]
 pub fn conv2d_forward(
+    pool: &ThreadPool,
+    shape: &ConvShape,
+    input: Elements,
+    weight: Elements,
+    bias: Option<&[f32]>,
+    mut output: ElementsMut,
+    accumulate: bool,
+    moments: Option<&mut [f32]>,
+) {
+    let round = input.is_bf16() || weight.is_bf16();
+    {
+        let (input, weight) = (rounded(pool, 3, input, round), rounded(pool, 4, weight, round));
+        through_f32(pool, 5, output.reborrow(), accumulate, |output| {
+            forward_f32(pool, shape, input.as_slice(), weight.as_slice(), bias, output, accumulate);
+        });
+    }
+    if let Some(moments) = moments {
+        let pixels = shape.batch * shape.out_h * shape.out_w;
+        column_moments(pool, output.as_elements(), pixels, shape.out_c, moments);
+    }
+}
+
+fn forward_f32(
     pool: &ThreadPool,
     shape: &ConvShape,
     input: &[f32],
@@ -170,6 +201,21 @@ pub fn conv2d_forward(
 /// # Panics
 /// As [`conv2d_forward`].
 pub fn conv2d_input_grad(
+    pool: &ThreadPool,
+    shape: &ConvShape,
+    output_grad: Elements,
+    weight: Elements,
+    input_grad: ElementsMut,
+    accumulate: bool,
+) {
+    let round = output_grad.is_bf16() || weight.is_bf16();
+    let (output_grad, weight) = (rounded(pool, 3, output_grad, round), rounded(pool, 4, weight, round));
+    through_f32(pool, 5, input_grad, accumulate, |input_grad| {
+        input_grad_f32(pool, shape, output_grad.as_slice(), weight.as_slice(), input_grad, accumulate);
+    });
+}
+
+fn input_grad_f32(
     pool: &ThreadPool,
     shape: &ConvShape,
     output_grad: &[f32],
@@ -231,6 +277,19 @@ pub fn conv2d_input_grad(
 /// # Panics
 /// As [`conv2d_forward`].
 pub fn conv2d_weight_grad(
+    pool: &ThreadPool,
+    shape: &ConvShape,
+    input: Elements,
+    output_grad: Elements,
+    weight_grad: &mut [f32],
+    accumulate: bool,
+) {
+    let round = input.is_bf16() || output_grad.is_bf16();
+    let (input, output_grad) = (rounded(pool, 3, input, round), rounded(pool, 4, output_grad, round));
+    weight_grad_f32(pool, shape, input.as_slice(), output_grad.as_slice(), weight_grad, accumulate);
+}
+
+fn weight_grad_f32(
     pool: &ThreadPool,
     shape: &ConvShape,
     input: &[f32],

@@ -1,5 +1,9 @@
 //! Copies of strided arrays into contiguous ones: permutations, transposes, broadcasts.
 
+use std::any::TypeId;
+
+use crate::convert::convert;
+use crate::elements::{Element, Elements, ElementsMut};
 use crate::microkernel::micro_kernels;
 use crate::threads::{SharedMut, ThreadPool};
 
@@ -23,12 +27,22 @@ struct Dim {
 
 /// `out[i0, i1, …] = input[i0 * strides[0] + i1 * strides[1] + …]`, with `out` contiguous and of shape `shape`.
 ///
-/// A permuted view has the permuted strides of its array, a broadcast dimension has stride zero.
+/// Elements are converted where the two types differ. A permuted view has the permuted strides of its array, a broadcast dimension has stride zero.
 ///
 /// # Panics
 /// If there are more than [`MAX_DIMS`] dimensions, another number of strides, or a slice is too short: the caller's
 /// invariants, checked once.
-pub fn copy_strided(pool: &ThreadPool, shape: &[usize], strides: &[usize], input: &[f32], out: &mut [f32]) {
+pub fn copy_strided(pool: &ThreadPool, shape: &[usize], strides: &[usize], input: Elements, out: ElementsMut) {
+    use {Elements as From, ElementsMut as To};
+    match (input, out) {
+        (From::F32(input), To::F32(out)) => copy(pool, shape, strides, input, out),
+        (From::F32(input), To::Bf16(out)) => copy(pool, shape, strides, input, out),
+        (From::Bf16(input), To::F32(out)) => copy(pool, shape, strides, input, out),
+        (From::Bf16(input), To::Bf16(out)) => copy(pool, shape, strides, input, out),
+    }
+}
+
+fn copy<S: Element, D: Element>(pool: &ThreadPool, shape: &[usize], strides: &[usize], input: &[S], out: &mut [D]) {
     assert!(
         shape.len() <= MAX_DIMS && shape.len() == strides.len(),
         "copy: {} dimensions and {} strides, at most {MAX_DIMS}",
@@ -92,7 +106,7 @@ fn offsets(dims: &[Dim], mut index: usize) -> (usize, usize) {
 }
 
 /// Copies along the innermost dimension, whatever its stride.
-fn copy_runs(pool: &ThreadPool, dims: &[Dim], input: &[f32], out: SharedMut<'_, f32>) {
+fn copy_runs<S: Element, D: Element>(pool: &ThreadPool, dims: &[Dim], input: &[S], out: SharedMut<'_, D>) {
     let Some((inner, outer)) = dims.split_last() else { return };
     let runs: usize = outer.iter().map(|dim| dim.len).product();
     let pieces = inner.len.div_ceil(TASK);
@@ -107,10 +121,11 @@ fn copy_runs(pool: &ThreadPool, dims: &[Dim], input: &[f32], out: SharedMut<'_, 
             let out = unsafe { out.slice(run * inner.len + from, len) };
             let src = src + from * inner.src;
             match inner.src {
-                0 => out.fill(input[src]),
-                1 => out.copy_from_slice(&input[src..src + len]),
+                0 => out.fill(D::narrow(input[src].widen())),
+                1 => convert(pool.isa(), &input[src..src + len], out),
                 stride => {
-                    out.iter_mut().zip(input[src..].iter().step_by(stride)).for_each(|(out, value)| *out = *value)
+                    let values = input[src..].iter().step_by(stride);
+                    out.iter_mut().zip(values).for_each(|(out, value)| *out = D::narrow(value.widen()));
                 }
             }
         }
@@ -118,8 +133,16 @@ fn copy_runs(pool: &ThreadPool, dims: &[Dim], input: &[f32], out: SharedMut<'_, 
 }
 
 /// Transposes blocks: `lines` is contiguous in the source, `inner` in the destination.
-fn transpose(pool: &ThreadPool, outer: &[Dim], lines: Dim, inner: Dim, input: &[f32], out: SharedMut<'_, f32>) {
+fn transpose<S: Element, D: Element>(
+    pool: &ThreadPool,
+    outer: &[Dim],
+    lines: Dim,
+    inner: Dim,
+    input: &[S],
+    out: SharedMut<'_, D>,
+) {
     let kernels = micro_kernels(pool.isa());
+    let floats = TypeId::of::<S>() == TypeId::of::<f32>() && TypeId::of::<D>() == TypeId::of::<f32>();
     let far_source = inner.src > lines.dst;
     let (line_block, inner_block) = if far_source { (LONG, SHORT) } else { (SHORT, LONG) };
     // A far destination takes 16 lines at a time, a far source all lines of the block.
@@ -139,18 +162,20 @@ fn transpose(pool: &ThreadPool, outer: &[Dim], lines: Dim, inner: Dim, input: &[
                 for at in (first..last).step_by(16) {
                     let (src, dst) = (src + at * inner.src + line, dst + line * lines.dst + at);
                     let width = (last - at).min(16);
-                    if width == 16 {
+                    if width == 16 && floats {
                         let pointers: [*const f32; 16] =
-                            std::array::from_fn(|at| input[src + at * inner.src..][..count].as_ptr());
+                            std::array::from_fn(|at| input[src + at * inner.src..][..count].as_ptr().cast());
                         // SAFETY: each of the 16 pointers is to `count` floats; a row of the destination takes
                         // exactly these 16, which belong to this task.
-                        unsafe { (kernels.transpose)(&pointers, count, out.as_ptr().add(dst), lines.dst) };
+                        unsafe { (kernels.transpose)(&pointers, count, out.as_ptr().add(dst).cast(), lines.dst) };
                     } else {
                         for at in 0..width {
                             let values = &input[src + at * inner.src..][..count];
                             for (line, value) in values.iter().enumerate() {
                                 // SAFETY: within the output, and part of this task's block.
-                                unsafe { out.as_ptr().add(dst + line * lines.dst + at).write(*value) };
+                                unsafe {
+                                    out.as_ptr().add(dst + line * lines.dst + at).write(D::narrow(value.widen()))
+                                };
                             }
                         }
                     }

@@ -1,6 +1,8 @@
 //! Matrix multiplication: batched, with any strides.
 
 use crate::blocked::{DenseRows, Problem, Rows, Strided, multiply};
+use crate::convert::{rounded, through_f32};
+use crate::elements::{Elements, ElementsMut};
 use crate::threads::{SharedMut, ThreadPool};
 
 /// Batch dimensions of a [`Gemm`] at most.
@@ -106,10 +108,19 @@ impl Rows for BatchRows {
 
 /// Runs the multiplication; the same bits for any number of threads.
 ///
+/// If A or B is bf16, both are multiplied as bf16 (an f32 operand is rounded) and summed in f32; a result in bf16 is
+/// rounded once, after accumulation and bias.
+///
 /// # Panics
 /// If a slice is shorter than its strides reach, if elements of C overlap, or if there are more batch dimensions
 /// than [`MAX_BATCH_DIMS`] or strides for fewer: broken invariants of the caller, checked once per call.
-pub fn gemm(pool: &ThreadPool, g: &Gemm, a: &[f32], b: &[f32], c: &mut [f32]) {
+pub fn gemm(pool: &ThreadPool, g: &Gemm, a: Elements, b: Elements, c: ElementsMut) {
+    let round = a.is_bf16() || b.is_bf16();
+    let (a, b) = (rounded(pool, 3, a, round), rounded(pool, 4, b, round));
+    through_f32(pool, 5, c, true, |c| gemm_f32(pool, g, a.as_slice(), b.as_slice(), c));
+}
+
+fn gemm_f32(pool: &ThreadPool, g: &Gemm, a: &[f32], b: &[f32], c: &mut [f32]) {
     let dims = g.batch.len();
     assert!(
         dims <= MAX_BATCH_DIMS && g.a_batch.len() == dims && g.b_batch.len() == dims && g.c_batch.len() == dims,

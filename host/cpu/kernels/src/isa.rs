@@ -11,11 +11,13 @@ pub enum Isa {
     Avx2,
     /// AVX-512F: 12x32 tiles.
     Avx512,
+    /// AVX-512 with BW, DQ, VL and the dot products of BF16: as [`Isa::Avx512`], and pairs of bf16 per lane.
+    Avx512Bf16,
 }
 
 impl Isa {
     /// Every instruction set, weakest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
 
     /// The best instruction set of this processor.
     pub fn detect() -> Isa {
@@ -23,7 +25,9 @@ impl Isa {
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             if avx2 && is_x86_feature_detected!("avx512f") {
-                return Isa::Avx512;
+                let words = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq");
+                let pairs = is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512bf16");
+                return if words && pairs { Isa::Avx512Bf16 } else { Isa::Avx512 };
             }
             if avx2 {
                 return Isa::Avx2;
@@ -32,8 +36,8 @@ impl Isa {
         Isa::Portable
     }
 
-    /// What the processor has, capped by the environment variable `CLIP_HOST_CPU` (`portable`, `avx2` or `avx512`;
-    /// anything else means no cap). Read once.
+    /// What the processor has, capped by the environment variable `CLIP_HOST_CPU` (`portable`, `avx2`, `avx512` or
+    /// `avx512bf16`; anything else means no cap). Read once.
     pub fn selected() -> Isa {
         static SELECTED: OnceLock<Isa> = OnceLock::new();
         *SELECTED.get_or_init(|| Isa::capped(std::env::var("CLIP_HOST_CPU").ok().as_deref()))
@@ -50,6 +54,7 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512bf16",
         }
     }
 
@@ -62,27 +67,37 @@ impl Isa {
 /// compiler vectorises each copy with what it may assume. No copy contracts products and sums, so that all of them
 /// give the same bits.
 macro_rules! per_isa {
-    ($(#[$attribute:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block) => {
+    ($(#[$attribute:meta])* $vis:vis fn $name:ident $(<$($generic:ident: $bound:path),*>)?
+        ($($argument:ident: $type:ty),* $(,)?) $body:block) => {
         $(#[$attribute])*
-        fn $name(isa: $crate::isa::Isa, $($argument: $type),*) {
+        $vis fn $name $(<$($generic: $bound),*>)? (isa: $crate::isa::Isa, $($argument: $type),*) {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn portable($($argument: $type),*) $body
+            fn portable $(<$($generic: $bound),*>)? ($($argument: $type),*) $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             #[allow(clippy::too_many_arguments)]
-            fn avx2($($argument: $type),*) {
+            fn avx2 $(<$($generic: $bound),*>)? ($($argument: $type),*) {
                 portable($($argument),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f")]
             #[allow(clippy::too_many_arguments)]
-            fn avx512($($argument: $type),*) {
+            fn avx512 $(<$($generic: $bound),*>)? ($($argument: $type),*) {
+                portable($($argument),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx512_words $(<$($generic: $bound),*>)? ($($argument: $type),*) {
                 portable($($argument),*)
             }
             match isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: a pool has no instruction set that was not detected.
+                $crate::isa::Isa::Avx512Bf16 => unsafe { avx512_words($($argument),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
                 $crate::isa::Isa::Avx512 => unsafe { avx512($($argument),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.

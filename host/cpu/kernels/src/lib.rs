@@ -1,4 +1,4 @@
-//! f32 kernels of the CPU backend, over raw slices: no graph types, no allocation once warm.
+//! Kernels of the CPU backend for f32 and bf16, over raw slices: no graph types, no allocation once warm.
 //!
 //! One kernel family is one file. All of them take a [`ThreadPool`], which carries the worker threads, their scratch
 //! memory and the instruction set in use ([`Isa`]). **Every kernel gives the same bits for any number of threads**:
@@ -8,6 +8,8 @@
 //! | file | contents |
 //! |---|---|
 //! | `threads` | worker threads, scratch memory, disjoint writes |
+//! | `elements` | element types, and tensors of any of them |
+//! | `convert` | conversions between them |
 //! | `isa` | run-time choice of the instruction set |
 //! | `microkernel` | register tiles of the matrix multiplication, transposes for packing |
 //! | `blocked` | the blocked multiplication shared by matmul and convolution |
@@ -16,6 +18,7 @@
 //! | `depthwise` | direct convolution for one channel per group |
 //! | `pool2d` | max and average pooling |
 //! | `gather` | row gather, scatter-add, scatter-assign |
+//! | `moments` | mean and variance of columns |
 //! | `copy` | strided copies and transposes |
 //! | `peak` | what this machine can do at most |
 //!
@@ -27,20 +30,25 @@
 
 mod blocked;
 pub mod conv;
+mod convert;
 pub mod copy;
 mod depthwise;
+pub mod elements;
 pub mod gather;
 pub mod gemm;
 pub mod isa;
 mod microkernel;
+pub mod moments;
 pub mod peak;
 pub mod pool2d;
 pub mod threads;
 
 pub use conv::{ConvShape, conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
 pub use copy::copy_strided;
+pub use elements::{Elements, ElementsMut, bf16};
 pub use gather::{RowError, gather_rows, scatter_add_rows, scatter_rows};
 pub use gemm::{Gemm, gemm};
 pub use isa::Isa;
+pub use moments::column_moments;
 pub use pool2d::{Pool2dShape, avg_pool2d_backward, avg_pool2d_forward, max_pool2d_backward, max_pool2d_forward};
 pub use threads::{SharedMut, ThreadPool};

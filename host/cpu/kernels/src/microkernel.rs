@@ -56,7 +56,7 @@ pub(crate) const SLACK: usize = 16;
 pub(crate) fn micro_kernels(isa: Isa) -> &'static MicroKernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => &x86::AVX512,
+        Isa::Avx512 | Isa::Avx512Bf16 => &x86::AVX512,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => &x86::AVX2,
         _ => &PORTABLE,

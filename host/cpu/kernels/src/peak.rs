@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::copy::copy_strided;
+use crate::elements::{Elements, ElementsMut};
 use crate::gemm::{Gemm, gemm};
 use crate::threads::ThreadPool;
 
@@ -21,14 +22,16 @@ pub fn measure(pool: &ThreadPool, budget: Duration) -> Peak {
     let a: Vec<f32> = (0..size * size).map(|at| (at % 17) as f32 - 8.0).collect();
     let mut c = vec![0f32; size * size];
     let g = Gemm::contiguous(size, size, size);
-    let seconds = fastest(budget, || gemm(pool, &g, &a, &a, &mut c));
+    let seconds = fastest(budget, || gemm(pool, &g, Elements::F32(&a), Elements::F32(&a), ElementsMut::F32(&mut c)));
     let gemm_gflops = 2.0 * (size as f64).powi(3) / seconds / 1e9;
 
     // Far larger than any cache.
     let len = 32 << 20;
     let source = vec![1f32; len];
     let mut target = vec![0f32; len];
-    let seconds = fastest(budget, || copy_strided(pool, &[len], &[1], &source, &mut target));
+    let seconds = fastest(budget, || {
+        copy_strided(pool, &[len], &[1], Elements::F32(&source), ElementsMut::F32(&mut target));
+    });
     Peak { gemm_gflops, copy_gbytes: (len * size_of::<f32>()) as f64 / seconds / 1e9 }
 }
 

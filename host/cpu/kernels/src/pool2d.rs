@@ -1,6 +1,8 @@
 //! Max and average pooling over NHWC activations.
 
 use crate::conv::ConvShape;
+use crate::convert::{convert, through_f32, widened};
+use crate::elements::{Element, Elements, ElementsMut};
 use crate::isa::per_isa;
 use crate::threads::{SharedMut, ThreadPool};
 
@@ -100,7 +102,18 @@ impl Pool2dShape {
 ///
 /// # Panics
 /// If the shape contradicts itself or a slice's length: the caller's invariant, checked once.
-pub fn max_pool2d_forward(pool: &ThreadPool, shape: &Pool2dShape, input: &[f32], output: &mut [f32]) {
+pub fn max_pool2d_forward(pool: &ThreadPool, shape: &Pool2dShape, input: Elements, output: ElementsMut) {
+    match (input, output) {
+        (Elements::F32(input), ElementsMut::F32(output)) => max_forward(pool, shape, input, output),
+        (Elements::Bf16(input), ElementsMut::Bf16(output)) => max_forward(pool, shape, input, output),
+        (input, output) => {
+            let input = widened(pool, 3, input);
+            through_f32(pool, 4, output, false, |output| max_forward(pool, shape, input.as_slice(), output));
+        }
+    }
+}
+
+fn max_forward<T: Element>(pool: &ThreadPool, shape: &Pool2dShape, input: &[T], output: &mut [T]) {
     shape.check(input.len(), output.len());
     let (s, c) = (*shape, shape.channels);
     let output = SharedMut::new(output);
@@ -112,17 +125,17 @@ pub fn max_pool2d_forward(pool: &ThreadPool, shape: &Pool2dShape, input: &[f32],
 
 per_isa! {
 /// The maxima of a row of windows.
-fn max_row(s: &Pool2dShape, input: &[f32], row: usize, out: &mut [f32]) {
+fn max_row<T: Element>(s: &Pool2dShape, input: &[T], row: usize, out: &mut [T]) {
     let c = s.channels;
     let (image, (y0, y1)) = (row / s.out_h, s.rows(row % s.out_h));
     for (x, out) in out.chunks_exact_mut(c.max(1)).enumerate() {
         let (x0, x1) = s.cols(x);
-        out.fill(f32::NEG_INFINITY);
+        out.fill(T::narrow(f32::NEG_INFINITY));
         for y in y0..y1 {
             for x in x0..x1 {
                 let values = &input[((image * s.in_h + y) * s.in_w + x) * c..][..c];
                 for (out, value) in out.iter_mut().zip(values) {
-                    *out = if wins(*value, *out) { *value } else { *out };
+                    *out = if wins(value.widen(), out.widen()) { *value } else { *out };
                 }
             }
         }
@@ -144,9 +157,26 @@ fn wins(value: f32, best: f32) -> bool {
 pub fn max_pool2d_backward(
     pool: &ThreadPool,
     shape: &Pool2dShape,
-    input: &[f32],
-    output_grad: &[f32],
-    input_grad: &mut [f32],
+    input: Elements,
+    output_grad: Elements,
+    input_grad: ElementsMut,
+) {
+    match (input, output_grad, input_grad) {
+        (Elements::F32(x), Elements::F32(g), ElementsMut::F32(out)) => max_backward(pool, shape, x, g, out),
+        (Elements::Bf16(x), Elements::Bf16(g), ElementsMut::Bf16(out)) => max_backward(pool, shape, x, g, out),
+        (x, g, out) => {
+            let (x, g) = (widened(pool, 3, x), widened(pool, 4, g));
+            through_f32(pool, 5, out, false, |out| max_backward(pool, shape, x.as_slice(), g.as_slice(), out));
+        }
+    }
+}
+
+fn max_backward<T: Element>(
+    pool: &ThreadPool,
+    shape: &Pool2dShape,
+    input: &[T],
+    output_grad: &[T],
+    input_grad: &mut [T],
 ) {
     shape.check(input.len(), output_grad.len());
     assert!(input_grad.len() == input.len(), "pool2d: the input's gradient has {} elements", input_grad.len());
@@ -154,15 +184,25 @@ pub fn max_pool2d_backward(
     let grad = SharedMut::new(input_grad);
     // Windows of an image overlap; bands of input rows do not. A band looks at all windows that reach into it.
     let bands = s.in_h.div_ceil(BAND);
-    pool.reserve_scratch(2 * c);
+    // Gradients of another type than f32 are summed in scratch memory and rounded once.
+    let sums = if T::as_f32_mut(&mut []).is_some() { 0 } else { BAND.min(s.in_h) * s.in_w * c };
+    pool.reserve_scratch(2 * c + sums);
     pool.run(s.batch * bands, &|task, worker| {
         let (image, top) = (task / bands, task % bands * BAND);
         let rows = s.in_h.min(top + BAND) - top;
         // SAFETY: each task has its own rows of the gradient.
         let grad = unsafe { grad.slice((image * s.in_h + top) * s.in_w * c, rows * s.in_w * c) };
-        let mut scratch = pool.scratch(worker, 2 * c);
+        let mut scratch = pool.scratch(worker, 2 * c + sums);
         let (best, place) = scratch.split_at_mut(c);
-        max_band(pool.isa(), &s, input, output_grad, image, top, grad, best, place);
+        let (place, sums) = place.split_at_mut(c);
+        match T::as_f32_mut(grad) {
+            Some(grad) => max_band(pool.isa(), &s, input, output_grad, image, top, grad, best, place),
+            None => {
+                let sums = &mut sums[..grad.len()];
+                max_band(pool.isa(), &s, input, output_grad, image, top, sums, best, place);
+                convert(pool.isa(), sums, grad);
+            }
+        }
     });
 }
 
@@ -172,10 +212,10 @@ const BAND: usize = 16;
 per_isa! {
 /// The gradient of the input rows from `top` on.
 #[allow(clippy::too_many_arguments)]
-fn max_band(
+fn max_band<T: Element>(
     s: &Pool2dShape,
-    input: &[f32],
-    output_grad: &[f32],
+    input: &[T],
+    output_grad: &[T],
     image: usize,
     top: usize,
     grad: &mut [f32],
@@ -202,8 +242,8 @@ fn max_band(
                 for x in x0..x1 {
                     let values = &input[((image * s.in_h + y) * s.in_w + x) * c..][..c];
                     for ((best, place), value) in best.iter_mut().zip(place.iter_mut()).zip(values) {
-                        let wins = wins(*value, *best);
-                        *best = if wins { *value } else { *best };
+                        let wins = wins(value.widen(), *best);
+                        *best = if wins { value.widen() } else { *best };
                         *place = if wins { at } else { *place };
                     }
                     at += 1.0;
@@ -216,7 +256,7 @@ fn max_band(
                     if y >= top && y < bottom {
                         let grad = &mut grad[((y - top) * s.in_w + x) * c..][..c];
                         for ((grad, place), incoming) in grad.iter_mut().zip(place.iter()).zip(incoming) {
-                            *grad += if *place == at { *incoming } else { 0.0 };
+                            *grad += if *place == at { incoming.widen() } else { 0.0 };
                         }
                     }
                     at += 1.0;
@@ -234,10 +274,17 @@ fn max_band(
 pub fn avg_pool2d_forward(
     pool: &ThreadPool,
     shape: &Pool2dShape,
-    input: &[f32],
-    output: &mut [f32],
+    input: Elements,
+    output: ElementsMut,
     count_include_pad: bool,
 ) {
+    let input = widened(pool, 3, input);
+    through_f32(pool, 4, output, false, |output| {
+        avg_forward(pool, shape, input.as_slice(), output, count_include_pad);
+    });
+}
+
+fn avg_forward(pool: &ThreadPool, shape: &Pool2dShape, input: &[f32], output: &mut [f32], count_include_pad: bool) {
     shape.check(input.len(), output.len());
     let (s, c) = (*shape, shape.channels);
     let output = SharedMut::new(output);
@@ -266,6 +313,19 @@ pub fn avg_pool2d_forward(
 /// # Panics
 /// As [`max_pool2d_forward`].
 pub fn avg_pool2d_backward(
+    pool: &ThreadPool,
+    shape: &Pool2dShape,
+    output_grad: Elements,
+    input_grad: ElementsMut,
+    count_include_pad: bool,
+) {
+    let output_grad = widened(pool, 3, output_grad);
+    through_f32(pool, 4, input_grad, false, |input_grad| {
+        avg_backward(pool, shape, output_grad.as_slice(), input_grad, count_include_pad);
+    });
+}
+
+fn avg_backward(
     pool: &ThreadPool,
     shape: &Pool2dShape,
     output_grad: &[f32],

@@ -14,8 +14,8 @@ use std::thread::{self, JoinHandle, Thread};
 use crate::isa::Isa;
 
 /// Scratch buffers that belong to a whole call and not to one worker (packed operands, partial sums, results to be
-/// permuted), numbered after the workers' own.
-const SHARED_SCRATCH: usize = 3;
+/// permuted, converted operands), numbered after the workers' own.
+const SHARED_SCRATCH: usize = 6;
 /// How often a waiting thread looks again before it sleeps: some tens of microseconds, about what a wake-up costs.
 const SPINS: u32 = 4000;
 /// Bit of the gate that says that a job may be joined; the bits below count the workers inside.

@@ -276,7 +276,7 @@ impl Case {
     pub fn check(&self) {
         let expected = self.expected();
         let mut isas = vec![Isa::Portable];
-        for isa in [Isa::Avx2, Isa::Avx512] {
+        for isa in [Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16] {
             if Isa::detect() >= isa {
                 isas.push(isa);
             }
