@@ -1,5 +1,6 @@
 //! From an assembled program to a plan: the ordered list of passes, fusion into kernels, schedule and memory.
 
+pub mod cost;
 pub mod decompose;
 pub mod fuse;
 pub mod kernel;
