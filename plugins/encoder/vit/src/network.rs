@@ -28,9 +28,14 @@ pub fn forward<'g>(
     let x = if after { x } else { net.layer_norm("norm", x) };
     let features = match config.global_pool {
         Pooling::Token => x.reshape(&[batch, shape.embed_dim]),
-        Pooling::Avg => x.slice(1, usize::from(config.class_token), x.size(1)).mean(&[1], false),
+        Pooling::Avg => tokens(x, usize::from(config.class_token), x.size(1)).mean(&[1], false),
     };
     if after { net.layer_norm("fc_norm", features) } else { features }
+}
+
+/// Some of the tokens. All of them are `x` itself: the gradient of a slice is a tensor of its own.
+fn tokens(x: Tensor<'_>, start: usize, end: usize) -> Tensor<'_> {
+    if (start, end) == (0, x.size(1)) { x } else { x.slice(1, start, end) }
 }
 
 struct Net<'g, 'c> {
@@ -48,15 +53,15 @@ impl<'g> Net<'g, '_> {
         let (batch, count) = (patches.size(0), patches.size(1));
         let prefix = usize::from(config.class_token);
         let positions = self.graph.param("pos_embed", &[1, prefix + count, dim], WEIGHT);
-        let patches = self.drop_patches(patches + positions.slice(1, prefix, prefix + count));
-        let tokens = if config.class_token {
+        let patches = self.drop_patches(patches + tokens(positions, prefix, prefix + count));
+        let x = if config.class_token {
             let token = self.graph.param("cls_token", &[1, 1, dim], Init::Normal { std: 1e-6 });
-            let token = (token + positions.slice(1, 0, 1)).expand_to(&[batch, 1, dim]);
+            let token = (token + tokens(positions, 0, 1)).expand_to(&[batch, 1, dim]);
             Tensor::concat(&[token, patches], 1).unwrap_or(patches)
         } else {
             patches
         };
-        self.dropout(tokens, config.pos_drop_rate)
+        self.dropout(x, config.pos_drop_rate)
     }
 
     /// A linear map of each patch, row by row: `[batch, patches, embed_dim]`. timm keeps it as a convolution, and leaves
@@ -97,7 +102,7 @@ impl<'g> Net<'g, '_> {
         let (config, name) = (self.config, format!("blocks.{index}"));
         let skip = config.drop_path_rate * index as f64 / (self.shape.depth - 1).max(1) as f64;
         let attended = self.attention(&format!("{name}.attn"), self.layer_norm(&format!("{name}.norm1"), x), rows);
-        let x = x.slice(1, 0, rows) + self.drop_path(attended, skip);
+        let x = tokens(x, 0, rows) + self.drop_path(attended, skip);
         let hidden = (self.shape.embed_dim as f64 * config.mlp_ratio) as usize;
         let inner = self.linear(&format!("{name}.mlp.fc1"), self.layer_norm(&format!("{name}.norm2"), x), hidden, true);
         let inner = self.dropout(inner.gelu(), config.proj_drop_rate);
@@ -108,14 +113,14 @@ impl<'g> Net<'g, '_> {
     /// Multi-head attention (Vaswani et al. 2017) from the first `rows` tokens to all.
     fn attention(&self, name: &str, x: Tensor<'g>, rows: usize) -> Tensor<'g> {
         let Shape { embed_dim: dim, num_heads: heads, .. } = self.shape;
-        let (batch, tokens, width) = (x.size(0), x.size(1), dim / heads);
+        let (batch, count, width) = (x.size(0), x.size(1), dim / heads);
         let qkv = self.linear(&format!("{name}.qkv"), x, 3 * dim, self.config.qkv_bias);
-        let qkv = qkv.reshape(&[batch, tokens, 3, heads, width]);
+        let qkv = qkv.reshape(&[batch, count, 3, heads, width]);
         let part = |index: usize, rows: usize| {
-            let part = qkv.slice(1, 0, rows).slice(2, index, index + 1);
+            let part = tokens(qkv.slice(2, index, index + 1), 0, rows);
             part.reshape(&[batch, rows, heads, width]).permute(&[0, 2, 1, 3])
         };
-        let (q, k, v) = (part(0, rows), part(1, tokens), part(2, tokens));
+        let (q, k, v) = (part(0, rows), part(1, count), part(2, count));
         // The scores are scaled, not the queries, which stay as the product wrote them.
         let scores = q.matmul(k.t()) * (width as f64).sqrt().recip();
         let context = self.dropout(scores.softmax(), self.config.attn_drop_rate).matmul(v);
