@@ -1,6 +1,6 @@
 //! What a kernel costs at least: the arithmetic that it does and the memory that it has to read and write, from the plan.
 
-use crate::kernel::{Fused, Instr, Kernel, Operand, Pattern, Rank, Store};
+use crate::kernel::{Fused, Input, Instr, Kernel, Operand, Pattern, Rank, Store};
 use crate::plan::{Place, Plan};
 use clip_host_plugin_api::ir::{Binary, NodeId, Op, Unary};
 use std::collections::BTreeMap;
@@ -124,11 +124,7 @@ fn size(plan: &Plan, id: NodeId) -> u64 {
 
 fn fused_cost(plan: &Plan, fused: &Fused) -> Cost {
     let mut cost = Cost::default();
-    let count = |rank: Rank| match rank {
-        Rank::Scalar => 1,
-        Rank::Row => fused.rows,
-        Rank::Full => fused.rows * fused.cols,
-    };
+    let count = |rank: Rank| count(fused, rank);
     for (instr, rank) in &fused.code {
         // A reduction adds each of its operands once.
         let work = match instr {
@@ -149,22 +145,35 @@ fn fused_cost(plan: &Plan, fused: &Fused) -> Cost {
     }
     let mut read: BTreeMap<NodeId, usize> = BTreeMap::new();
     for input in &fused.inputs {
-        let outer = fused.dims.len() - fused.inner;
-        let points = match (&input.pattern, input.rank) {
-            (Pattern::Same, rank) => count(rank),
-            (Pattern::Column, _) => fused.cols,
-            (Pattern::Strided(strides), rank) => {
-                let dims = if rank == Rank::Full { &fused.dims[..] } else { &fused.dims[..outer] };
-                dims.iter().zip(strides).filter(|d| *d.1 != 0).map(|d| d.0).product()
-            }
-        };
-        *read.entry(input.source).or_default() += points;
+        *read.entry(input.source).or_default() += points(fused, input);
     }
     for (source, points) in read {
         // Operands that read the same elements find them in a cache.
         cost.read += points.min(plan.nodes[source as usize].elements()) as u64 * size(plan, source);
     }
     cost
+}
+
+/// Values of a rank.
+fn count(fused: &Fused, rank: Rank) -> usize {
+    match rank {
+        Rank::Scalar => 1,
+        Rank::Row => fused.rows,
+        Rank::Full => fused.rows * fused.cols,
+    }
+}
+
+/// Elements of a fused kernel's operand without those that a broadcast repeats.
+pub fn points(fused: &Fused, input: &Input) -> usize {
+    match &input.pattern {
+        Pattern::Same => count(fused, input.rank),
+        Pattern::Column => fused.cols,
+        Pattern::Strided(strides) => {
+            let outer = fused.dims.len() - fused.inner;
+            let dims = if input.rank == Rank::Full { &fused.dims[..] } else { &fused.dims[..outer] };
+            dims.iter().zip(strides).filter(|d| *d.1 != 0).map(|d| d.0).product()
+        }
+    }
 }
 
 /// The name of an instruction that takes much longer than an addition.
@@ -237,7 +246,7 @@ fn elements(operand: &Operand) -> usize {
 }
 
 /// Elements of an operand without those that a broadcast repeats.
-fn distinct(operand: &Operand) -> usize {
+pub fn distinct(operand: &Operand) -> usize {
     operand.dims.iter().filter(|d| d.1 != 0).map(|d| d.0).product()
 }
 

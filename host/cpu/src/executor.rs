@@ -103,6 +103,8 @@ pub struct Executor {
     pub phases: [f64; 3],
     /// Seconds of each launch over all runs since [`Executor::time_launches`].
     timings: Option<Vec<f64>>,
+    /// When each launch of the last run began and ended, if launches are timed.
+    spans: Vec<(Instant, Instant)>,
 }
 
 impl Executor {
@@ -185,6 +187,7 @@ impl Executor {
             phase_ends: [count, count],
             phases: [0.0; 3],
             timings: None,
+            spans: Vec::new(),
         })
     }
 
@@ -196,6 +199,11 @@ impl Executor {
     /// Seconds that each of the plan's kernels took so far, if they are measured.
     pub fn timings(&self) -> Option<&[f64]> {
         self.timings.as_deref()
+    }
+
+    /// When each of the plan's kernels began and ended in the last run, if they are measured; else empty.
+    pub fn spans(&self) -> &[(Instant, Instant)] {
+        &self.spans
     }
 
     pub fn plan(&self) -> &Plan {
@@ -263,6 +271,7 @@ impl Executor {
         let memory = Memory { blocks: unsafe { std::slice::from_raw_parts(pointers.as_ptr().cast(), pointers.len()) } };
         let mut start = Instant::now();
         self.phases = [0.0; 3];
+        self.spans.clear();
         let mut phase = 0;
         for (index, launch) in self.launches.iter_mut().enumerate() {
             while phase < 2 && index == self.phase_ends[phase] {
@@ -274,7 +283,9 @@ impl Executor {
             // SAFETY: the addresses come from the plan that the blocks were made for, and no two kernels run at once.
             unsafe { run_launch(launch, &self.pool, memory, seed)? };
             if let (Some(began), Some(timings)) = (began, &mut self.timings) {
-                timings[index] += began.elapsed().as_secs_f64();
+                let ended = Instant::now();
+                timings[index] += (ended - began).as_secs_f64();
+                self.spans.push((began, ended));
             }
         }
         self.phases[phase] = start.elapsed().as_secs_f64();

@@ -2,9 +2,11 @@
 
 mod assemble;
 mod init;
+mod inspect;
 pub mod replay;
 mod session;
 
+pub use inspect::{Buffer, KernelInfo, LeafInfo, MemoryMap, Owner, Phase, Stay, StepPlan, part};
 pub use session::Session;
 
 use clip_host_plugins::Plugin;
@@ -123,7 +125,10 @@ pub enum ModelError {
 /// Sizes of the compiled training step.
 #[derive(Clone, Debug)]
 pub struct Stats {
+    /// Assembly, passes, plan and the preparation of its kernels.
     pub compile_ms: f64,
+    /// Drawing every tensor's first values.
+    pub init_ms: f64,
     pub params: usize,
     /// Floating-point operations of one step.
     pub flops: f64,

@@ -158,11 +158,12 @@ impl Compiled {
         let plan = compile(&mut program)?;
         let mut store = Store::default();
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let executor = Executor::new(plan, Arc::new(ThreadPool::new(threads)), &mut store)?;
+        let pool = Arc::new(ThreadPool::new(threads));
+        let executor = Executor::new(plan, pool.clone(), &mut store)?;
         for (name, shape, init, _) in &leaves {
             store.entry(name, shape.iter().product());
             if let Some(values) = store.get_mut(name) {
-                crate::init::fill(*init, 0, name, values);
+                crate::init::fill(&pool, *init, 0, name, values);
             }
         }
         Ok(Compiled { executor, store, leaves })

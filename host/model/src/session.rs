@@ -1,7 +1,9 @@
 //! The compiled model with its tensors.
 
 use crate::assemble::{ParamSlot, StateSlot, Tower, Training, evaluation, training};
-use crate::{ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, init};
+use crate::{
+    KernelInfo, ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, init, inspect,
+};
 use clip_host_compiler::kernel::Kernel;
 use clip_host_compiler::plan::{Plan, Region};
 use clip_host_cpu::{Executor, Store, ThreadPool};
@@ -25,6 +27,7 @@ pub struct Session {
     image: Option<Executor>,
     text: Option<Executor>,
     compile_ms: f64,
+    init_ms: f64,
 }
 
 impl Session {
@@ -43,24 +46,28 @@ impl Session {
             let length = params.iter().filter(|p| p.storage == param.storage).map(|p| p.offset + p.elements()).max();
             store.entry(&param.storage, length.unwrap_or(0));
         }
-        check_memory((plan.arena * 4 + store.bytes()) as u64)?;
+        check_memory((plan.arena + store.bytes()) as u64)?;
         let phases = phase_ends(&plan);
         let mut step = Executor::new(plan, pool.clone(), &mut store)?;
         step.set_phases(phases);
+        let compile_ms = start.elapsed().as_secs_f64() * 1e3;
+        tracing::debug!(kernels = step.plan().kernels.len(), compile_ms, "compiled the training step");
+        let start = Instant::now();
         for param in &params {
             if let Some(storage) = store.get_mut(&param.storage) {
                 let values = &mut storage[param.offset..param.offset + param.elements()];
-                init::fill(param.init, spec.seed, &param.name, values);
+                init::fill(&pool, param.init, spec.seed, &param.name, values);
             }
         }
         for state in &states {
             if let Some(values) = store.get_mut(&state.name) {
-                init::fill(state.init, spec.seed, &state.name, values);
+                init::fill(&pool, state.init, spec.seed, &state.name, values);
             }
         }
-        let compile_ms = start.elapsed().as_secs_f64() * 1e3;
-        tracing::debug!(kernels = step.plan().kernels.len(), compile_ms, "compiled the training step");
-        Ok(Session { spec, pool, store, step, params, states, metrics, image: None, text: None, compile_ms })
+        let init_ms = start.elapsed().as_secs_f64() * 1e3;
+        tracing::debug!(init_ms, "gave every tensor its first value");
+        let (image, text) = (None, None);
+        Ok(Session { spec, pool, store, step, params, states, metrics, image, text, compile_ms, init_ms })
     }
 
     /// What the session was built from.
@@ -217,9 +224,10 @@ impl Session {
         let plan = self.step.plan();
         Stats {
             compile_ms: self.compile_ms,
+            init_ms: self.init_ms,
             params: self.params.iter().map(ParamSlot::elements).sum(),
             flops: plan.flops,
-            arena_bytes: plan.arena * 4,
+            arena_bytes: plan.arena,
             persistent_bytes: self.store.bytes(),
             kernels: plan.kernels.len(),
         }
@@ -236,6 +244,21 @@ impl Session {
         let plan = self.step.plan();
         let seconds = |i: usize| self.step.timings().and_then(|t| t.get(i).copied()).unwrap_or(0.0);
         plan.kernels.iter().enumerate().map(|(i, kernel)| (kernel.describe(&plan.nodes), seconds(i))).collect()
+    }
+
+    /// What each of the training step's kernels is, in order.
+    pub fn kernel_infos(&self) -> Vec<KernelInfo> {
+        inspect::kernels(self.step.plan(), &self.params)
+    }
+
+    /// When each of them began and ended in the last step; empty unless kernels are measured.
+    pub fn spans(&self) -> &[(Instant, Instant)] {
+        self.step.spans()
+    }
+
+    /// The threads that the model runs on.
+    pub fn pool(&self) -> &ThreadPool {
+        &self.pool
     }
 
     /// Milliseconds that the parts of the last step took.
@@ -276,7 +299,7 @@ fn distance(a: &str, b: &str) -> usize {
 
 /// The forward pass ends with the kernel that writes the loss; the update begins with the first that writes a flat
 /// parameter tensor.
-fn phase_ends(plan: &Plan) -> [usize; 2] {
+pub(crate) fn phase_ends(plan: &Plan) -> [usize; 2] {
     let loss = plan.outputs.iter().find(|(name, _)| name == "loss").map(|(_, o)| o.source);
     let writes = |kernel: &Kernel, id| kernel.writes().contains(&id);
     let forward = loss.and_then(|id| plan.kernels.iter().position(|k| writes(k, id))).map_or(0, |i| i + 1);

@@ -78,6 +78,7 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
         },
         "phases_note": PHASES_NOTE,
         "compile_ms": stats.compile_ms,
+        "init_ms": stats.init_ms,
         "peak_rss_bytes": peak_rss_bytes(),
         "gflops": stats.flops / (step_ms * 1e6),
         "gflop_per_step": stats.flops / 1e9,
