@@ -175,7 +175,6 @@ fn mistakes_in_a_recipe_are_told_where_they_are() {
         ("loss: (plugin", "los: (plugin", &["unknown key `los`", "did you mean `loss`"]),
         ("gamma: 0.9", "gama: 0.9", &["`isogclr`", "unknown setting `gama`", "did you mean `gamma`"]),
         ("vocab_size: 400", "vocab: 400", &["`distilbert`", "unknown setting `vocab`", "vocab_size"]),
-        ("seed: 7", "precision: Bf16, seed: 7", &["this build computes in F32 only", "hint: write `precision: F32`"]),
         ("seed: 7", "precision: F8", &["unknown name `F8`", "valid names: Bf16, F32"]),
         ("seed: 7", "backend: Gpu", &["unknown name `Gpu`", "Cuda"]),
         (

@@ -2,7 +2,8 @@
 
 use crate::{ModelError, ModelSpec, Part};
 use clip_host_compiler::layout::ChannelsLast;
-use clip_host_compiler::plan::{Plan, compile};
+use clip_host_compiler::plan::{Plan, compile_with};
+use clip_host_compiler::precision::BOUNDARY;
 use clip_host_graph::autograd::Autograd;
 use clip_host_graph::program::{Program, Spliced};
 use clip_host_graph::rewrite::rewrite;
@@ -185,6 +186,7 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
     ]);
     let loss = program.splice(&loss_fragment, "loss", &bindings, named("loss"))?;
     program.outputs.push(("loss".into(), output(&loss_fragment, &loss, &spec.loss, "loss")?));
+    program.outputs.extend([image.embeddings, text.embeddings].map(|id| (BOUNDARY.to_string(), id)));
     let mut metrics = Vec::new();
     for (name, id) in &loss_fragment.metrics {
         program.outputs.push((format!("metric.{name}"), loss.nodes[*id as usize]));
@@ -232,7 +234,7 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
         update_group(&mut program, spec, group, param, grad, target, &params, &scalars)?;
     }
     program.run("flatten parameters", FlattenParams { params: &params })?;
-    let plan = compile(&mut program)?;
+    let plan = compile_with(&mut program, spec.precision)?;
     let states = state_slots(&plan, &groups);
     Ok(Training { plan, params, states, metrics })
 }
@@ -481,7 +483,8 @@ pub fn evaluation(spec: &ModelSpec, params: &[ParamSlot], tower: Tower, batch: u
     let nodes = splice_tower(&mut program, spec, tower, batch, false)?;
     program.updates.clear();
     program.outputs.push(("features".into(), nodes.features));
+    program.outputs.push((BOUNDARY.into(), nodes.embeddings));
     program.run("channels_last", ChannelsLast)?;
     program.run("flatten parameters", FlattenParams { params })?;
-    Ok(compile(&mut program)?)
+    Ok(compile_with(&mut program, spec.precision)?)
 }

@@ -6,6 +6,7 @@ mod inspect;
 pub mod replay;
 mod session;
 
+pub use clip_host_compiler::precision::Precision;
 pub use inspect::{Buffer, KernelInfo, LeafInfo, MemoryMap, Owner, Phase, Stay, StepPlan, part};
 pub use session::Session;
 
@@ -32,6 +33,8 @@ pub struct ModelSpec {
     pub batch: usize,
     pub image_size: usize,
     pub text_length: usize,
+    /// What activations and product operands are kept in.
+    pub precision: Precision,
     /// Length of per-sample tables.
     pub dataset_size: usize,
     pub weight_decay: f64,

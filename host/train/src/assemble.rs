@@ -108,6 +108,10 @@ impl Plugins {
             batch: recipe.train.batch_size,
             image_size: data.image_size,
             text_length: data.text.max_length,
+            precision: match recipe.precision {
+                Precision::F32 => clip_host_model::Precision::F32,
+                Precision::Bf16 => clip_host_model::Precision::Bf16,
+            },
             dataset_size,
             weight_decay: recipe.optimizer.weight_decay,
             no_decay: recipe.optimizer.no_decay.clone(),
@@ -176,10 +180,6 @@ pub fn check_backend(recipe: &Recipe) -> Vec<RecipeError> {
     if let Backend::Cuda { .. } = recipe.backend {
         let hint = "write `backend: Cpu`, or `Auto` for whatever there is".to_string();
         errors.push(recipe.error_at("backend", RecipePart::Value, "this build has no CUDA backend", Some(hint)));
-    }
-    if recipe.precision == Precision::Bf16 {
-        let (message, hint) = ("this build computes in F32 only", "write `precision: F32`".to_string());
-        errors.push(recipe.error_at("precision", RecipePart::Value, message, Some(hint)));
     }
     errors
 }
