@@ -27,6 +27,13 @@ pub fn decompose<'g>(op: &Op, inputs: &[Tensor<'g>]) -> Option<Tensor<'g>> {
         }
         Op::Gelu => x * ((x * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5,
         Op::L2Normalize { eps } => x / x.square().sum(&[-1], true).sqrt().maximum(*eps),
+        Op::Moments => {
+            let leading: Vec<isize> = (0..x.rank() as isize - 1).collect();
+            let mean = x.mean(&leading, true);
+            let variance = (x - mean).square().mean(&leading, true);
+            let row = [1, x.size(-1)];
+            Tensor::concat(&[mean.reshape(&row), variance.reshape(&row)], 0)?
+        }
         _ => return None,
     })
 }

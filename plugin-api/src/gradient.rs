@@ -126,6 +126,7 @@ pub fn rule<'g>(
         | Op::Conv2dWeightGrad(_)
         | Op::MaxPool2dGrad(_)
         | Op::AvgPool2dGrad(_)
+        | Op::Moments
         | Op::Scatter => Err(GradientError::NotDifferentiable { op: op.name() }),
 
         Op::Softmax => one((g - (g * y).sum(&[-1], true)) * y),

@@ -50,7 +50,7 @@ fn evaluate(
                 }
                 value.clone()
             }
-            (op, _) if op.is_composite() => composite(fragment, node, &results)?,
+            (op, _) if op.is_composite() || op.is_internal() => composite(fragment, node, &results)?,
             (Op::Random { stream }, _) => (0..node.elements()).map(|i| uniform(seed, *stream, i as u64)).collect(),
             _ => {
                 let inputs: Vec<(&[f64], &[usize])> = node

@@ -252,6 +252,11 @@ pub enum Op {
     L2Normalize {
         eps: f64,
     },
+
+    /// `(x [.., c])` → `[2, c]`: mean and population variance of each column over all leading axes. Made by the host's
+    /// passes out of the sums that say the same; a plugin's fragment that holds it is refused, so that it has no part in
+    /// [`IR_VERSION`].
+    Moments,
 }
 
 impl Op {
@@ -319,7 +324,13 @@ impl Op {
             Op::BatchNorm { .. } => "batch_norm",
             Op::Gelu => "gelu",
             Op::L2Normalize { .. } => "l2_normalize",
+            Op::Moments => "moments",
         }
+    }
+
+    /// Whether only the host's passes may make the op.
+    pub fn is_internal(&self) -> bool {
+        matches!(self, Op::Moments)
     }
 
     /// Whether the op is made of others; [`crate::decompose`] writes it out.

@@ -34,7 +34,12 @@ pub fn infer(op: &Op, inputs: &[Type], declared: &[usize], dtype: DType) -> Resu
         Op::Input { .. } | Op::Param { .. } | Op::State { .. } | Op::Constant { .. } => 0..=0,
         Op::Literal { .. } | Op::Iota { .. } | Op::Random { .. } => 0..=0,
         Op::Unary(_) | Op::Sum { .. } | Op::Max { .. } | Op::Reshape | Op::Permute { .. } | Op::Broadcast => 1..=1,
-        Op::Slice { .. } | Op::Pad { .. } | Op::MaxPool2d(_) | Op::AvgPool2d(_) | Op::AvgPool2dGrad(_) => 1..=1,
+        Op::Moments
+        | Op::Slice { .. }
+        | Op::Pad { .. }
+        | Op::MaxPool2d(_)
+        | Op::AvgPool2d(_)
+        | Op::AvgPool2dGrad(_) => 1..=1,
         Op::Cast | Op::Detach | Op::Softmax | Op::LogSoftmax | Op::Gelu | Op::L2Normalize { .. } => 1..=1,
         Op::Binary(_) | Op::Compare(_) | Op::Matmul | Op::Conv2d(_) | Op::Conv2dInputGrad(_) => 2..=2,
         Op::Conv2dWeightGrad(_) | Op::MaxPool2dGrad(_) | Op::Gather | Op::ScatterAdd => 2..=2,
@@ -216,6 +221,10 @@ pub fn infer(op: &Op, inputs: &[Type], declared: &[usize], dtype: DType) -> Resu
                 false => Err(wrong(op, format!("i32 ids and rows for {x:?}"), format!("{ids:?} and {rows:?}"))),
             }
         }
+        Op::Moments => match x.last() {
+            Some(&columns) => same(&[2, columns]),
+            None => Err(wrong(op, "at least one dimension", "a scalar")),
+        },
         Op::LayerNorm { .. } | Op::BatchNorm { .. } => {
             let axis = match op {
                 Op::BatchNorm { axis, .. } => *axis,
@@ -294,6 +303,11 @@ pub enum FragmentError {
     Name { name: String },
     #[error("{what} names %{node}: {why}")]
     Reference { what: String, node: u32, why: String },
+    #[error(
+        "node %{node} is `{op}`, which only the host's own passes make (hint: write the formula in other ops; the host \
+         finds it again)"
+    )]
+    Internal { node: usize, op: &'static str },
 }
 
 /// Checks every rule that a fragment must keep: order, arity, shapes, types, unique names, references.
@@ -307,6 +321,9 @@ pub fn verify(fragment: &Fragment) -> Result<(), FragmentError> {
             if input as usize >= index {
                 return Err(FragmentError::Order { node: index, op: node.op.name(), input });
             }
+        }
+        if node.op.is_internal() {
+            return Err(FragmentError::Internal { node: index, op: node.op.name() });
         }
         verify_node(node, |i| &fragment.nodes[i as usize]).map_err(|error| match error {
             FragmentError::Shape { error, .. } => FragmentError::Shape { node: index, error },
@@ -378,4 +395,20 @@ fn verify_references(fragment: &Fragment) -> Result<(), FragmentError> {
         return Err(FragmentError::Reference { what: what.into(), node: target, why });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ops_of_the_host_are_refused_in_fragments() {
+        let input = Op::Input { name: "x".into() };
+        let node = |op, inputs, shape: &[usize]| Node { op, inputs, shape: shape.to_vec(), dtype: DType::F32 };
+        let nodes = vec![node(input, vec![], &[4, 3]), node(Op::Moments, vec![0], &[2, 3])];
+        assert_eq!(verify_node(&nodes[1], |i| &nodes[i as usize]), Ok(()));
+        let error = verify(&Fragment { nodes, ..Fragment::default() }).unwrap_err();
+        assert_eq!(error, FragmentError::Internal { node: 1, op: "moments" });
+        assert!(error.to_string().contains("hint:"));
+    }
 }

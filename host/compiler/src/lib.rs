@@ -9,6 +9,7 @@ pub mod lower;
 pub mod memory;
 mod merge;
 pub mod module;
+pub mod moments;
 pub mod plan;
 pub mod precision;
 pub mod simplify;

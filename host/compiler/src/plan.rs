@@ -68,6 +68,7 @@ pub fn compile(program: &mut Program) -> Result<Plan, CompileError> {
 pub fn compile_with(program: &mut Program, precision: Precision) -> Result<Plan, CompileError> {
     program.run("decompose", crate::decompose::Decompose)?;
     program.run("simplify", crate::simplify::Simplify)?;
+    program.run("moments", crate::moments::FindMoments)?;
     let mut module = Module::read(program);
     let towers = precision::take_boundaries(&mut module);
     if let Some(node) = module.nodes.iter().find(|n| n.elements() == 0) {

@@ -431,6 +431,11 @@ unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, see
                         let s = pool_shape(p, shape, &sizes(view(0)));
                         kernels::avg_pool2d_backward(pool, &s, input(0), out, p.count_include_pad);
                     }
+                    Op::Moments => {
+                        let columns = shape[1];
+                        let rows = elements(view(0)) / columns;
+                        kernels::column_moments(pool, input(0), rows, columns, single(op, out)?);
+                    }
                     Op::Gather => {
                         let width = sizes(view(0))[1..].iter().product();
                         kernels::gather_rows(pool, inputs[0].single(op, memory)?, width, ids(1), single(op, out)?)?;

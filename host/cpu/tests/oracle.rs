@@ -2,6 +2,9 @@
 
 mod support;
 
+use clip_host_compiler::decompose::Decompose;
+use clip_host_compiler::moments::FindMoments;
+use clip_host_compiler::simplify::Simplify;
 use clip_host_cpu_kernels::Isa;
 use clip_host_graph::oracle::execute;
 use clip_host_graph::rewrite::linearize;
@@ -70,6 +73,8 @@ fn kind(op: &Op) -> usize {
         Op::BatchNorm { .. } => 52,
         Op::Gelu => 53,
         Op::L2Normalize { .. } => 54,
+        // Made by the compiler's passes only: it has a test of its own.
+        Op::Moments => KINDS,
     }
 }
 
@@ -235,6 +240,31 @@ fn every_op_agrees_with_luminal() {
     }
     let missing: Vec<usize> = (0..KINDS).filter(|k| !seen.contains(k)).collect();
     assert!(missing.is_empty(), "no case has ops of kind {missing:?}");
+}
+
+#[test]
+fn moments_agree_with_luminal() {
+    for seed in 0..5 {
+        let mut case = Case::new(seed, |g, rng| {
+            let shape = [2 + rng.below(3), 3, 1 + rng.below(3), 2];
+            let (gain, bias) = (g.param("gain", &[3], ZERO), g.param("bias", &[3], ZERO));
+            g.output("y", g.input("x", &shape, DType::F32).batch_norm(gain, bias, 1e-3));
+        });
+        // Channels are the last axis where statistics are those of columns.
+        case.channels_last = true;
+        let mut program = case.program();
+        program.run("decompose", Decompose).unwrap();
+        program.run("simplify", Simplify).unwrap();
+        program.run("moments", FindMoments).unwrap();
+        let nodes = linearize(&program.graph, &program.roots()).nodes;
+        assert_eq!(nodes.iter().filter(|n| matches!(n.op, Op::Moments)).count(), 1);
+        let inputs = case.all_values().into_iter().map(|(name, v)| (name, v.into_iter().map(|v| v as f32).collect()));
+        let oracle = execute(&program, &inputs.collect()).unwrap_or_else(|e| panic!("{e}"));
+        let oracle: HashMap<String, Vec<f64>> =
+            oracle.into_iter().map(|(name, v)| (name, v.into_iter().map(f64::from).collect())).collect();
+        case.compare(&case.expected(), &case.run(&pool(2, Isa::detect())), "the interpreter");
+        case.compare(&oracle, &case.run(&pool(2, Isa::detect())), "luminal");
+    }
 }
 
 #[test]

@@ -586,7 +586,8 @@ impl Oracle<'_> {
             | Op::LayerNorm { .. }
             | Op::BatchNorm { .. }
             | Op::Gelu
-            | Op::L2Normalize { .. } => self.composite(node, x)?,
+            | Op::L2Normalize { .. }
+            | Op::Moments => self.composite(node, x)?,
         })
     }
 
