@@ -2,12 +2,14 @@
 //! for one thread) time is what the processors spent, which other programs disturb less than the clock.
 
 use std::hint::black_box;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clip_host_cpu_kernels::{
-    ConvShape, Gemm, Pool2dShape, ThreadPool, conv2d_forward, conv2d_input_grad, conv2d_weight_grad, copy_strided,
-    gather_rows, gemm, max_pool2d_backward, max_pool2d_forward, peak, scatter_add_rows,
+    ConvShape, Elements, ElementsMut, Gemm, Pool2dShape, ThreadPool, bf16, column_moments, conv2d_forward,
+    conv2d_input_grad, conv2d_weight_grad, copy_strided, gather_rows, gemm, max_pool2d_backward, max_pool2d_forward,
+    peak, scatter_add_rows,
 };
 
 const BUDGET: Duration = Duration::from_millis(150);
@@ -20,6 +22,7 @@ fn main() {
     BY_PROCESSOR.store(threads == 1 || arguments.next().is_some_and(|clock| clock == "cpu"), Ordering::Relaxed);
     let pool = ThreadPool::new(threads);
     let limit = peak::measure(&pool, BUDGET);
+    PEAK.get_or_init(|| limit.gemm_gflops);
     println!(
         "{threads} threads, {}: gemm {:.0} GFLOP/s, copy {:.1} GB/s",
         pool.isa().name(),
@@ -50,6 +53,15 @@ fn fastest(mut work: impl FnMut()) -> f64 {
     (processor_time().unwrap_or_default() - start) / runs as f64
 }
 
+/// Multiplications and additions per second of a large product in f32, in units of 10^9.
+static PEAK: OnceLock<f64> = OnceLock::new();
+
+/// GFLOP/s, and the share of the peak in f32.
+fn share(flops: f64, seconds: f64) -> String {
+    let rate = flops / seconds / 1e9;
+    format!("{rate:.0} ({:.0} %)", 100.0 * rate / PEAK.get().unwrap_or(&f64::NAN))
+}
+
 static BY_PROCESSOR: AtomicBool = AtomicBool::new(false);
 
 /// Seconds that this process has run on a processor, where the system tells, shared out to its threads.
@@ -67,6 +79,12 @@ fn values(len: usize) -> Vec<f32> {
     (0..len).map(|at| (at * 7919 % 1000) as f32 / 500.0 - 1.0).collect()
 }
 
+fn halves(values: &[f32]) -> Vec<bf16> {
+    values.iter().map(|&value| bf16::from_f32(value)).collect()
+}
+
+use {Elements::Bf16, Elements::F32};
+
 fn gemms(pool: &ThreadPool) {
     for (m, n, k) in [
         (1024, 1024, 1024),
@@ -74,10 +92,14 @@ fn gemms(pool: &ThreadPool) {
         (480, 2304, 768),
         (480, 3072, 768),
         (480, 768, 3072),
+        (768, 768, 480),
+        (3072, 768, 480),
+        (768, 3072, 480),
         (1, 1024, 1024),
         (16, 256, 2048),
     ] {
         let (a, b, mut c) = (values(m * k), values(k * n), vec![0f32; m * n]);
+        let (half_a, half_b, mut half_c) = (halves(&a), halves(&b), halves(&c));
         let flops = (2 * m * n * k) as f64;
         let plain = Gemm::contiguous(m, n, k);
         let variants = [
@@ -87,10 +109,12 @@ fn gemms(pool: &ThreadPool) {
         ];
         print!("gemm {m}x{n}x{k}:");
         for (name, g) in variants {
-            let seconds = fastest(|| gemm(pool, &g, &a, &b, black_box(&mut c)));
-            print!("  {name} {:.0}", flops / seconds / 1e9);
+            let single = fastest(|| gemm(pool, &g, F32(&a), F32(&b), ElementsMut::F32(black_box(&mut c))));
+            let (x, y) = (Bf16(&half_a), Bf16(&half_b));
+            let half = fastest(|| gemm(pool, &g, x, y, ElementsMut::Bf16(black_box(&mut half_c))));
+            print!("  {name} {}, bf16 {}", share(flops, single), share(flops, half));
         }
-        println!(" GFLOP/s");
+        println!();
     }
 }
 
@@ -129,15 +153,18 @@ fn attention(pool: &ThreadPool) {
             ..scale
         };
         let flops = (2 * images * heads * tokens * tokens * width) as f64;
-        let first = fastest(|| gemm(pool, &scale, &q, &v, black_box(&mut scores)));
-        let second = fastest(|| gemm(pool, &mix, &scores, &v, black_box(&mut out)));
+        let first = fastest(|| gemm(pool, &scale, F32(&q), F32(&v), ElementsMut::F32(black_box(&mut scores))));
+        let second = fastest(|| gemm(pool, &mix, F32(&scores), F32(&v), ElementsMut::F32(black_box(&mut out))));
         let rates = (flops / first / 1e9, flops / second / 1e9);
         println!("attention {tokens} tokens: Q K' {:.0}  P V {:.0} GFLOP/s", rates.0, rates.1);
     }
 }
 
 fn convolutions(pool: &ThreadPool) {
-    let mut total = [0.0; 4];
+    // Seconds and operations by family (1x1, 3x3, stem), direction and type.
+    let mut total = [[[0.0; 2]; 3]; 3];
+    let mut work = [0.0; 3];
+    let families = ["1x1", "3x3", "7x7"];
     // Input size, input and output channels, kernel, stride, and how often ResNet-50 has it.
     for (size, in_c, out_c, kernel, stride, times) in [
         (224, 3, 64, 7, 2, 1),
@@ -184,32 +211,55 @@ fn convolutions(pool: &ThreadPool) {
             (values(shape.input_len()), values(shape.weight_len()), values(shape.output_len()));
         let (mut x, mut w, mut y) = (input.clone(), weight.clone(), output.clone());
         let flops = shape.flops() as f64;
-        let seconds = [
-            fastest(|| conv2d_forward(pool, &shape, &input, &weight, None, black_box(&mut y), false)),
-            fastest(|| conv2d_input_grad(pool, &shape, &output, &weight, black_box(&mut x), false)),
-            fastest(|| conv2d_weight_grad(pool, &shape, &input, &output, black_box(&mut w), false)),
+        let (half_input, half_output) = (halves(&input), halves(&output));
+        let (mut half_x, mut half_y) = (half_input.clone(), half_output.clone());
+        let mut moments = vec![0.0; 2 * out_c];
+        let weights = F32(&weight);
+        let mut forward = |input: Elements, y: ElementsMut| {
+            conv2d_forward(pool, &shape, input, weights, None, y, false, Some(&mut moments))
+        };
+        let forward = [
+            fastest(|| forward(F32(&input), ElementsMut::F32(black_box(&mut y)))),
+            fastest(|| forward(Bf16(&half_input), ElementsMut::Bf16(black_box(&mut half_y)))),
         ];
-        let rate = |direction: usize| flops / seconds[direction] / 1e9;
+        let input_grad = |y: Elements, x: ElementsMut| conv2d_input_grad(pool, &shape, y, weights, x, false);
+        let input_grad = [
+            fastest(|| input_grad(F32(&output), ElementsMut::F32(black_box(&mut x)))),
+            fastest(|| input_grad(Bf16(&half_output), ElementsMut::Bf16(black_box(&mut half_x)))),
+        ];
+        let mut weight_grad =
+            |x: Elements, y: Elements| conv2d_weight_grad(pool, &shape, x, y, black_box(&mut w), false);
+        let weight_grad = [
+            fastest(|| weight_grad(F32(&input), F32(&output))),
+            fastest(|| weight_grad(Bf16(&half_input), Bf16(&half_output))),
+        ];
+        let seconds = [forward, input_grad, weight_grad];
+        let [forward, input_grad, weight_grad] =
+            seconds.map(|[single, half]| format!("{}, bf16 {}", share(flops, single), share(flops, half)));
         println!(
-            "conv {size:>3} px {in_c:>4} -> {out_c:>4} {kernel}x{kernel}/{stride} x{times}: forward {:>4.0}  input grad {:>4.0}  weight grad {:>4.0} GFLOP/s",
-            rate(0),
-            rate(1),
-            rate(2)
+            "conv {size:>3} px {in_c:>4} -> {out_c:>4} {kernel}x{kernel}/{stride} x{times}: \
+             forward {forward}  input grad {input_grad}  weight grad {weight_grad}"
         );
-        for direction in 0..3 {
-            total[direction] += seconds[direction] * times as f64;
+        let family = kernel / 2 - usize::from(kernel == 7);
+        for (total, seconds) in total[family].iter_mut().flatten().zip(seconds.iter().flatten()) {
+            *total += seconds * times as f64;
         }
-        total[3] += flops * times as f64;
+        work[family] += flops * times as f64;
     }
-    println!(
-        "ResNet-50, batch 16: forward {:.0} ms ({:.0} GFLOP/s), input grad {:.0} ms ({:.0}), weight grad {:.0} ms ({:.0})",
-        total[0] * 1e3,
-        total[3] / total[0] / 1e9,
-        total[1] * 1e3,
-        total[3] / total[1] / 1e9,
-        total[2] * 1e3,
-        total[3] / total[2] / 1e9
-    );
+    println!("ResNet-50, batch 16, milliseconds (share of the f32 peak), forward with moments:");
+    for ((family, total), work) in families.iter().zip(&total).zip(work) {
+        for (direction, [single, half]) in ["forward", "input grad", "weight grad"].iter().zip(total) {
+            println!(
+                "  {family} {direction}: f32 {:.1} ms, {}; bf16 {:.1} ms, {}",
+                single * 1e3,
+                share(work, *single),
+                half * 1e3,
+                share(work, *half)
+            );
+        }
+    }
+    let sum = |kind: usize| total.iter().flatten().map(|seconds| seconds[kind]).sum::<f64>() * 1e3;
+    println!("  in all: f32 {:.1} ms, bf16 {:.1} ms", sum(0), sum(1));
 }
 
 fn memory(pool: &ThreadPool) {
@@ -218,14 +268,36 @@ fn memory(pool: &ThreadPool) {
     let (n, c, h, w) = (16, 64, 112, 112);
     let (input, mut out) = (values(n * c * h * w), vec![0f32; n * c * h * w]);
     let bytes = input.len() * 4;
-    let plain = || copy_strided(pool, &[n * c * h * w], &[1], &input, &mut out);
+    let plain = || copy_strided(pool, &[n * c * h * w], &[1], F32(&input), ElementsMut::F32(&mut out));
     bandwidth("plain copy", bytes, fastest(plain));
-    let to_nhwc = || copy_strided(pool, &[n, h, w, c], &[c * h * w, w, 1, h * w], &input, &mut out);
+    let to_nhwc =
+        || copy_strided(pool, &[n, h, w, c], &[c * h * w, w, 1, h * w], F32(&input), ElementsMut::F32(&mut out));
     bandwidth("NCHW to NHWC", bytes, fastest(to_nhwc));
-    let to_nchw = || copy_strided(pool, &[n, c, h, w], &[c * h * w, 1, w * c, c], &input, &mut out);
+    let to_nchw =
+        || copy_strided(pool, &[n, c, h, w], &[c * h * w, 1, w * c, c], F32(&input), ElementsMut::F32(&mut out));
     bandwidth("NHWC to NCHW", bytes, fastest(to_nchw));
-    let heads =
-        || copy_strided(pool, &[16, 12, 1024, 64], &[12 * 64 * 1024, 64, 768, 1], &input, &mut out[..12_582_912]);
+    let (half, mut half_out) = (halves(&input), halves(&input));
+    let widen = || copy_strided(pool, &[n * c * h * w], &[1], Bf16(&half), ElementsMut::F32(&mut out));
+    bandwidth("bf16 to f32 (f32)", bytes, fastest(widen));
+    let narrow = || copy_strided(pool, &[n * c * h * w], &[1], F32(&input), ElementsMut::Bf16(&mut half_out));
+    bandwidth("f32 to bf16 (f32)", bytes, fastest(narrow));
+    let (shape, strides) = ([n, h, w, c], [c * h * w, w, 1, h * w]);
+    let to_nhwc = || copy_strided(pool, &shape, &strides, Bf16(&half), ElementsMut::Bf16(&mut half_out));
+    bandwidth("NCHW to NHWC in bf16", bytes / 2, fastest(to_nhwc));
+    let mut moments = vec![0.0; 2 * c];
+    let column = || column_moments(pool, F32(&input), n * h * w, c, black_box(&mut moments));
+    bandwidth("column moments", bytes, fastest(column));
+    let column = || column_moments(pool, Bf16(&half), n * h * w, c, black_box(&mut moments));
+    bandwidth("column moments of bf16", bytes / 2, fastest(column));
+    let heads = || {
+        copy_strided(
+            pool,
+            &[16, 12, 1024, 64],
+            &[12 * 64 * 1024, 64, 768, 1],
+            F32(&input),
+            ElementsMut::F32(&mut out[..12_582_912]),
+        )
+    };
     bandwidth("split heads", 12_582_912 * 4, fastest(heads));
 
     let shape = Pool2dShape {
@@ -240,9 +312,10 @@ fn memory(pool: &ThreadPool) {
         padding: (1, 1),
     };
     let (mut pooled, incoming) = (vec![0f32; shape.output_len()], values(shape.output_len()));
-    let forward = fastest(|| max_pool2d_forward(pool, &shape, &input, black_box(&mut pooled)));
+    let forward = fastest(|| max_pool2d_forward(pool, &shape, F32(&input), ElementsMut::F32(black_box(&mut pooled))));
     bandwidth("max pool forward (input)", bytes, forward);
-    let backward = || max_pool2d_backward(pool, &shape, &input, &incoming, black_box(&mut out));
+    let backward =
+        || max_pool2d_backward(pool, &shape, F32(&input), F32(&incoming), ElementsMut::F32(black_box(&mut out)));
     bandwidth("max pool backward (input)", bytes, fastest(backward));
 
     let (table, ids) = (values(30_522 * 768), (0..480).map(|at| at * 61 % 30_522).collect::<Vec<i32>>());
@@ -270,8 +343,10 @@ fn memory(pool: &ThreadPool) {
         let (x, weight, mut y) = (values(shape.input_len()), values(shape.weight_len()), values(shape.output_len()));
         let mut w = weight.clone();
         let flops = shape.flops() as f64;
-        let forward = fastest(|| conv2d_forward(pool, &shape, &x, &weight, None, &mut y, false));
-        let weight_grad = fastest(|| conv2d_weight_grad(pool, &shape, &x, &y, &mut w, false));
+        let forward = fastest(|| {
+            conv2d_forward(pool, &shape, F32(&x), F32(&weight), None, ElementsMut::F32(&mut y), false, None)
+        });
+        let weight_grad = fastest(|| conv2d_weight_grad(pool, &shape, F32(&x), F32(&y), &mut w, false));
         let rates = (flops / forward / 1e9, flops / weight_grad / 1e9);
         println!("depthwise {kernel}x{kernel}: forward {:.1}, weight grad {:.1} GFLOP/s", rates.0, rates.1);
     }

@@ -57,26 +57,23 @@ pub(crate) fn widened<'a>(pool: &'a ThreadPool, slot: usize, from: Elements<'a>)
 
 /// As [`widened`], with f32 values rounded to bf16 on the way if `round`.
 pub(crate) fn rounded<'a>(pool: &'a ThreadPool, slot: usize, from: Elements<'a>, round: bool) -> Widened<'a> {
-    match from {
-        Elements::F32(values) if round => {
+    let mut copy = match (from, round) {
+        (Elements::F32(values), true) => {
             let mut scratch = pool.shared_scratch(slot, values.len());
-            let (len, out) = (values.len(), SharedMut::new(&mut scratch));
-            pool.run(len.div_ceil(TASK), &|task, _| {
-                let (start, count) = (task * TASK, TASK.min(len - task * TASK));
-                // SAFETY: each task has its own elements.
-                round_to_bf16(pool.isa(), &values[start..start + count], unsafe { out.slice(start, count) });
-            });
-            Widened::Copied(scratch)
+            scratch.copy_from_slice(values);
+            scratch
         }
-        other => widened(pool, slot, other),
-    }
+        (other, _) => return widened(pool, slot, other),
+    };
+    round_to_bf16(pool.isa(), &mut copy);
+    Widened::Copied(copy)
 }
 
 per_isa! {
-/// `out = from`, rounded to values of bf16.
-fn round_to_bf16(from: &[f32], out: &mut [f32]) {
-    for (out, from) in out.iter_mut().zip(from) {
-        *out = bf16::narrow(*from).widen();
+/// Rounds to values of bf16.
+fn round_to_bf16(values: &mut [f32]) {
+    for value in values {
+        *value = bf16::narrow(*value).widen();
     }
 }
 }

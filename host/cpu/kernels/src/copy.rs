@@ -141,7 +141,7 @@ fn transpose<S: Element, D: Element>(
     input: &[S],
     out: SharedMut<'_, D>,
 ) {
-    let kernels = micro_kernels(pool.isa());
+    let kernels = micro_kernels(pool.isa(), false);
     let floats = TypeId::of::<S>() == TypeId::of::<f32>() && TypeId::of::<D>() == TypeId::of::<f32>();
     let far_source = inner.src > lines.dst;
     let (line_block, inner_block) = if far_source { (LONG, SHORT) } else { (SHORT, LONG) };
@@ -167,7 +167,9 @@ fn transpose<S: Element, D: Element>(
                             std::array::from_fn(|at| input[src + at * inner.src..][..count].as_ptr().cast());
                         // SAFETY: each of the 16 pointers is to `count` floats; a row of the destination takes
                         // exactly these 16, which belong to this task.
-                        unsafe { (kernels.transpose)(&pointers, count, out.as_ptr().add(dst).cast(), lines.dst) };
+                        unsafe {
+                            (kernels.from_f32.transpose)(&pointers, count, out.as_ptr().add(dst).cast(), lines.dst)
+                        };
                     } else {
                         for at in 0..width {
                             let values = &input[src + at * inner.src..][..count];

@@ -1,9 +1,8 @@
 //! Matrix multiplication: batched, with any strides.
 
-use crate::blocked::{DenseRows, Problem, Rows, Strided, multiply};
-use crate::convert::{rounded, through_f32};
+use crate::blocked::{DenseRows, Problem, Rows, Strided, Target, multiply};
 use crate::elements::{Elements, ElementsMut};
-use crate::threads::{SharedMut, ThreadPool};
+use crate::threads::ThreadPool;
 
 /// Batch dimensions of a [`Gemm`] at most.
 pub const MAX_BATCH_DIMS: usize = 3;
@@ -114,13 +113,7 @@ impl Rows for BatchRows {
 /// # Panics
 /// If a slice is shorter than its strides reach, if elements of C overlap, or if there are more batch dimensions
 /// than [`MAX_BATCH_DIMS`] or strides for fewer: broken invariants of the caller, checked once per call.
-pub fn gemm(pool: &ThreadPool, g: &Gemm, a: Elements, b: Elements, c: ElementsMut) {
-    let round = a.is_bf16() || b.is_bf16();
-    let (a, b) = (rounded(pool, 3, a, round), rounded(pool, 4, b, round));
-    through_f32(pool, 5, c, true, |c| gemm_f32(pool, g, a.as_slice(), b.as_slice(), c));
-}
-
-fn gemm_f32(pool: &ThreadPool, g: &Gemm, a: &[f32], b: &[f32], c: &mut [f32]) {
+pub fn gemm(pool: &ThreadPool, g: &Gemm, a: Elements, b: Elements, mut c: ElementsMut) {
     let dims = g.batch.len();
     assert!(
         dims <= MAX_BATCH_DIMS && g.a_batch.len() == dims && g.b_batch.len() == dims && g.c_batch.len() == dims,
@@ -138,7 +131,7 @@ fn gemm_f32(pool: &ThreadPool, g: &Gemm, a: &[f32], b: &[f32], c: &mut [f32]) {
             BatchDim { len: g.batch[dim], a: g.a_batch[dim], b: g.b_batch[dim], c: g.c_batch[dim] };
         batch.count += 1;
     }
-    check(g, &batch, a, b, c);
+    check(g, &batch, a.len(), b.len(), c.len());
 
     // Rows that share B and follow each other across a batch dimension are rows of one larger product.
     let mut m = g.m;
@@ -168,19 +161,31 @@ fn gemm_f32(pool: &ThreadPool, g: &Gemm, a: &[f32], b: &[f32], c: &mut [f32]) {
         accumulate: g.accumulate,
         bias: g.bias,
         bias_stride: 0,
+        half: a.is_bf16() || b.is_bf16(),
+        moments: 0,
     };
     let a_offset = |index| batch.offset(index, |dim| if swapped { dim.b } else { dim.a });
     let b_offset = |index| batch.offset(index, |dim| if swapped { dim.a } else { dim.b });
-    let a = Strided { data: a, line: a_strides.0, depth: a_strides.1, batch: a_offset };
-    let b = Strided { data: b, line: b_strides.1, depth: b_strides.0, batch: b_offset };
-    let rows = BatchRows { batch, row };
+    let (c, rows) = (Target::new(&mut c), BatchRows { batch, row });
     // SAFETY: `check` compared the largest offset of each operand with its length, and found that no two elements
     // of C are the same.
-    unsafe { multiply(pool, &problem, &a, &b, SharedMut::new(c), &rows) };
+    macro_rules! product {
+        ($a:expr, $b:expr) => {{
+            let a = Strided { data: $a, line: a_strides.0, depth: a_strides.1, batch: a_offset };
+            let b = Strided { data: $b, line: b_strides.1, depth: b_strides.0, batch: b_offset };
+            unsafe { multiply(pool, &problem, &a, &b, c, &rows, &mut []) }
+        }};
+    }
+    match (a, b) {
+        (Elements::F32(a), Elements::F32(b)) => product!(a, b),
+        (Elements::F32(a), Elements::Bf16(b)) => product!(a, b),
+        (Elements::Bf16(a), Elements::F32(b)) => product!(a, b),
+        (Elements::Bf16(a), Elements::Bf16(b)) => product!(a, b),
+    }
 }
 
 /// Compares what the strides reach with what the slices hold.
-fn check(g: &Gemm, batch: &Batch, a: &[f32], b: &[f32], c: &[f32]) {
+fn check(g: &Gemm, batch: &Batch, a: usize, b: usize, c: usize) {
     let reach = |rows: usize, cols: usize, strides: (usize, usize), stride: fn(&BatchDim) -> usize| {
         let dims = batch.dims[..batch.count].iter().map(|dim| (dim.len - 1).saturating_mul(stride(dim)));
         let matrix = [(rows - 1).saturating_mul(strides.0), (cols - 1).saturating_mul(strides.1)];
@@ -188,11 +193,11 @@ fn check(g: &Gemm, batch: &Batch, a: &[f32], b: &[f32], c: &[f32]) {
     };
     if g.k > 0 {
         let (a_needs, b_needs) = (reach(g.m, g.k, g.a_strides, |dim| dim.a), reach(g.k, g.n, g.b_strides, |dim| dim.b));
-        assert!(a_needs <= a.len(), "gemm: A has {} elements, its strides reach {a_needs}", a.len());
-        assert!(b_needs <= b.len(), "gemm: B has {} elements, its strides reach {b_needs}", b.len());
+        assert!(a_needs <= a, "gemm: A has {} elements, its strides reach {a_needs}", a);
+        assert!(b_needs <= b, "gemm: B has {} elements, its strides reach {b_needs}", b);
     }
     let c_needs = reach(g.m, g.n, (g.c_row_stride, 1), |dim| dim.c);
-    assert!(c_needs <= c.len(), "gemm: C has {} elements, its strides reach {c_needs}", c.len());
+    assert!(c_needs <= c, "gemm: C has {} elements, its strides reach {c_needs}", c);
     if let Some(bias) = g.bias {
         assert!(bias.len() >= g.n, "gemm: {} biases for {} columns", bias.len(), g.n);
     }

@@ -14,6 +14,7 @@
 //! | `microkernel` | register tiles of the matrix multiplication, transposes for packing |
 //! | `blocked` | the blocked multiplication shared by matmul and convolution |
 //! | `gemm` | batched, strided matrix multiplication |
+//! | `patches` | windows over images as operands |
 //! | `conv` | 2-D convolution, NHWC, as implicit matrix multiplication |
 //! | `depthwise` | direct convolution for one channel per group |
 //! | `pool2d` | max and average pooling |
@@ -39,6 +40,7 @@ pub mod gemm;
 pub mod isa;
 mod microkernel;
 pub mod moments;
+mod patches;
 pub mod peak;
 pub mod pool2d;
 pub mod threads;

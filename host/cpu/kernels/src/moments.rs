@@ -10,7 +10,7 @@ use crate::isa::per_isa;
 use crate::threads::{SharedMut, ThreadPool};
 
 /// Shared scratch: sums of the groups.
-const SLOT_SUMS: usize = 5;
+pub(crate) const SLOT_SUMS: usize = 5;
 /// Columns that one task combines.
 const COLS: usize = 64;
 
@@ -52,7 +52,7 @@ pub(crate) struct Groups {
 
 impl Groups {
     /// Rows of a group where nothing else asks for another number.
-    const ROWS: usize = 256;
+    const ROWS: usize = 128;
 
     pub fn count(&self) -> usize {
         self.rows.div_ceil(self.group)

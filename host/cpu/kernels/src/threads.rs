@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
+use crate::elements::bf16;
 use crate::isa::Isa;
 
 /// Scratch buffers that belong to a whole call and not to one worker (packed operands, partial sums, results to be
@@ -312,6 +313,20 @@ impl Drop for ThreadPool {
 pub struct Scratch<'a> {
     buffer: MutexGuard<'a, AlignedBuffer>,
     len: usize,
+}
+
+impl Scratch<'_> {
+    /// The same memory as twice as many values of half the size.
+    pub(crate) fn as_bf16(&self) -> &[bf16] {
+        // SAFETY: the buffer holds at least `len` initialised floats, and any bits are a value.
+        unsafe { std::slice::from_raw_parts(self.buffer.start.as_ptr().cast(), 2 * self.len) }
+    }
+
+    /// As [`as_bf16`](Self::as_bf16), to write.
+    pub(crate) fn as_bf16_mut(&mut self) -> &mut [bf16] {
+        // SAFETY: as above, and the guard is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.buffer.start.as_ptr().cast(), 2 * self.len) }
+    }
 }
 
 impl Deref for Scratch<'_> {

@@ -4,8 +4,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clip_host_cpu_kernels::{
-    ConvShape, Gemm, Pool2dShape, ThreadPool, conv2d_forward, conv2d_input_grad, conv2d_weight_grad, copy_strided,
-    gather_rows, gemm, max_pool2d_backward, max_pool2d_forward, scatter_add_rows,
+    ConvShape, Elements, ElementsMut, Gemm, Pool2dShape, ThreadPool, bf16, column_moments, conv2d_forward,
+    conv2d_input_grad, conv2d_weight_grad, copy_strided, gather_rows, gemm, max_pool2d_backward, max_pool2d_forward,
+    scatter_add_rows,
 };
 
 struct Counting;
@@ -66,17 +67,32 @@ fn nothing_is_allocated_after_the_first_step() {
     let mut rows = vec![1.0; 8 * 64];
     let ids = [3, 1, 4, 1, 5, 9, 2, 6];
     let (a, b, mut c) = (vec![1.0; 200 * 2000], vec![1.0; 2000 * 300], vec![0.0; 200 * 300]);
+    let (mut moments, mut wide_moments) = (vec![0.0; 2 * shape.out_c], vec![0.0; 400]);
+    let half = vec![bf16::from_f32(0.5); 200 * 2000];
+    let half_weight = Elements::Bf16(&half[..shape.weight_len()]);
+    let (mut half_c, mut half_output) = (vec![bf16::ZERO; 200 * 300], vec![bf16::ZERO; shape.output_len()]);
     let mut step = || {
-        conv2d_forward(&pool, &shape, &input, &weight, None, &mut output, false);
-        conv2d_weight_grad(&pool, &shape, &input, &output, &mut weight, false);
-        conv2d_input_grad(&pool, &shape, &output, &weight, &mut input, false);
-        max_pool2d_forward(&pool, &windows, &input, &mut pooled);
-        max_pool2d_backward(&pool, &windows, &input, &pooled, &mut other);
-        copy_strided(&pool, &[2, 32, 196], &[6272, 1, 32], &other, &mut input);
+        let (x, y) = (Elements::F32(&input), ElementsMut::F32(&mut output));
+        conv2d_forward(&pool, &shape, x, Elements::F32(&weight), None, y, false, Some(&mut moments));
+        conv2d_weight_grad(&pool, &shape, x, Elements::F32(&output), &mut weight, false);
+        let (x, y) = (ElementsMut::F32(&mut input), Elements::F32(&output));
+        conv2d_input_grad(&pool, &shape, y, Elements::F32(&weight), x, false);
+        max_pool2d_forward(&pool, &windows, Elements::F32(&input), ElementsMut::F32(&mut pooled));
+        let (x, y) = (Elements::F32(&input), Elements::F32(&pooled));
+        max_pool2d_backward(&pool, &windows, x, y, ElementsMut::F32(&mut other));
+        let (from, to) = (Elements::F32(&other), ElementsMut::F32(&mut input));
+        copy_strided(&pool, &[2, 32, 196], &[6272, 1, 32], from, to);
         gather_rows(&pool, &table, 64, &ids, &mut rows).unwrap();
         scatter_add_rows(&pool, &rows, 64, &ids, &mut table).unwrap();
-        gemm(&pool, &Gemm::contiguous(200, 300, 2000), &a, &b, &mut c);
-        gemm(&pool, &Gemm::contiguous(10, 20, 20_000), &a, &a, &mut c);
+        let (left, right) = (Elements::F32(&a), Elements::F32(&b));
+        gemm(&pool, &Gemm::contiguous(200, 300, 2000), left, right, ElementsMut::F32(&mut c));
+        gemm(&pool, &Gemm::contiguous(10, 20, 20_000), left, left, ElementsMut::F32(&mut c));
+        let half = Elements::Bf16(&half);
+        gemm(&pool, &Gemm::contiguous(200, 300, 2000), half, right, ElementsMut::Bf16(&mut half_c));
+        gemm(&pool, &Gemm::contiguous(10, 20, 20_000), half, half, ElementsMut::F32(&mut c));
+        let y = ElementsMut::Bf16(&mut half_output);
+        conv2d_forward(&pool, &shape, Elements::F32(&input), half_weight, None, y, false, Some(&mut moments));
+        column_moments(&pool, Elements::F32(&a), 2000, 200, &mut wide_moments);
     };
     step();
     let before = ALLOCATIONS.load(Ordering::Relaxed);

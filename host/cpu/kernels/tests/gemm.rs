@@ -2,8 +2,8 @@
 
 mod common;
 
-use clip_host_cpu_kernels::{Gemm, gemm};
-use common::{Random, assert_close, on_every_pool};
+use clip_host_cpu_kernels::{Elements, ElementsMut, Gemm, gemm};
+use common::{KINDS, Kind, Random, Tensor, assert_close_as, on_every_pool, operands};
 
 /// The definition.
 fn naive(g: &Gemm, a: &[f32], b: &[f32], c: &[f32]) -> Vec<f64> {
@@ -35,13 +35,24 @@ fn naive(g: &Gemm, a: &[f32], b: &[f32], c: &[f32]) -> Vec<f64> {
 }
 
 fn check(what: &str, g: &Gemm, a: &[f32], b: &[f32], c: &[f32]) {
-    let expected = naive(g, a, b, c);
+    // Large products take long in the reference.
+    let large = g.m * g.n * g.k > 4_000_000;
+    for &kinds in if large { &KINDS[..2] } else { &KINDS[..] } {
+        check_kinds(what, kinds, g, a, b, c);
+    }
+}
+
+fn check_kinds(what: &str, kinds: (Kind, Kind, Kind), g: &Gemm, a: &[f32], b: &[f32], c: &[f32]) {
+    let product = operands(kinds.0, kinds.1);
+    let expected = naive(g, &product.all(a), &product.all(b), &kinds.2.all(c));
+    let (a, b) = (Tensor::new(kinds.0, a), Tensor::new(kinds.1, b));
     for (isa, got) in on_every_pool(|pool| {
-        let mut out = c.to_vec();
-        gemm(pool, g, a, b, &mut out);
-        out
+        let mut out = Tensor::new(kinds.2, c);
+        gemm(pool, g, a.get(), b.get(), out.get_mut());
+        out.values()
     }) {
-        assert_close(&format!("{what} {isa:?} {g:?}"), &got, &expected, (g.k as f64).sqrt() * 4.0 + 2.0);
+        let scale = (g.k as f64).sqrt() * 4.0 + 2.0;
+        assert_close_as(kinds.2, &format!("{what} {isa:?} {kinds:?} {g:?}"), &got, &expected, scale);
     }
 }
 
@@ -177,7 +188,8 @@ fn broken_invariants_are_told() {
     let fails = |g: &Gemm, a: usize, b: usize, c: usize, expected: &str| {
         let result = std::panic::catch_unwind(|| {
             let pool = clip_host_cpu_kernels::ThreadPool::new(1);
-            gemm(&pool, g, &vec![0.0; a], &vec![0.0; b], &mut vec![0.0; c]);
+            let (a, b, mut c) = (vec![0.0; a], vec![0.0; b], vec![0.0; c]);
+            gemm(&pool, g, Elements::F32(&a), Elements::F32(&b), ElementsMut::F32(&mut c));
         });
         let payload = result.expect_err(expected);
         let text = payload.downcast_ref::<String>().unwrap();

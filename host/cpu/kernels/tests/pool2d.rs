@@ -3,7 +3,8 @@
 mod common;
 
 use clip_host_cpu_kernels::{
-    Pool2dShape, avg_pool2d_backward, avg_pool2d_forward, max_pool2d_backward, max_pool2d_forward,
+    Elements, ElementsMut, Pool2dShape, avg_pool2d_backward, avg_pool2d_forward, max_pool2d_backward,
+    max_pool2d_forward,
 };
 use common::{Random, assert_close, on_every_pool};
 
@@ -70,14 +71,15 @@ fn max_pool() {
         }
         for (isa, got) in on_every_pool(|pool| {
             let mut out = vec![7.0; s.output_len()];
-            max_pool2d_forward(pool, &s, &input, &mut out);
+            max_pool2d_forward(pool, &s, Elements::F32(&input), ElementsMut::F32(&mut out));
             out
         }) {
             assert_close(&format!("max pool {isa:?} {s:?}"), &got, &expected.0, 0.0);
         }
         for (isa, got) in on_every_pool(|pool| {
             let mut out = vec![7.0; s.input_len()];
-            max_pool2d_backward(pool, &s, &input, &incoming, &mut out);
+            let (x, grad) = (Elements::F32(&input), Elements::F32(&incoming));
+            max_pool2d_backward(pool, &s, x, grad, ElementsMut::F32(&mut out));
             out
         }) {
             assert_close(&format!("max pool grad {isa:?} {s:?}"), &got, &expected.1, 1.0);
@@ -101,14 +103,14 @@ fn average_pool() {
             }
             for (isa, got) in on_every_pool(|pool| {
                 let mut out = vec![7.0; s.output_len()];
-                avg_pool2d_forward(pool, &s, &input, &mut out, count_include_pad);
+                avg_pool2d_forward(pool, &s, Elements::F32(&input), ElementsMut::F32(&mut out), count_include_pad);
                 out
             }) {
                 assert_close(&format!("average pool {isa:?} {s:?}"), &got, &expected.0, 1.0);
             }
             for (isa, got) in on_every_pool(|pool| {
                 let mut out = vec![7.0; s.input_len()];
-                avg_pool2d_backward(pool, &s, &incoming, &mut out, count_include_pad);
+                avg_pool2d_backward(pool, &s, Elements::F32(&incoming), ElementsMut::F32(&mut out), count_include_pad);
                 out
             }) {
                 assert_close(&format!("average pool grad {isa:?} {s:?}"), &got, &expected.1, 1.0);
@@ -132,7 +134,7 @@ fn nan_wins() {
     };
     for (isa, got) in on_every_pool(|pool| {
         let mut out = vec![0.0; 1];
-        max_pool2d_forward(pool, &s, &[1.0, f32::NAN, 2.0], &mut out);
+        max_pool2d_forward(pool, &s, Elements::F32(&[1.0, f32::NAN, 2.0]), ElementsMut::F32(&mut out));
         vec![if out[0].is_nan() { 1.0 } else { 0.0 }]
     }) {
         assert_eq!(got, [1.0], "{isa:?}");
@@ -159,7 +161,7 @@ fn broken_invariants_are_told() {
     ] {
         let result = std::panic::catch_unwind(|| {
             let pool = clip_host_cpu_kernels::ThreadPool::new(1);
-            max_pool2d_forward(&pool, &s, &[0.0; 16], &mut [0.0; 4]);
+            max_pool2d_forward(&pool, &s, Elements::F32(&[0.0; 16]), ElementsMut::F32(&mut [0.0; 4]));
         });
         let payload = result.expect_err(expected);
         let text = payload.downcast_ref::<String>().unwrap();

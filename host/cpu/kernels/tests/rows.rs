@@ -2,7 +2,9 @@
 
 mod common;
 
-use clip_host_cpu_kernels::{RowError, ThreadPool, copy_strided, gather_rows, scatter_add_rows, scatter_rows};
+use clip_host_cpu_kernels::{
+    Elements, ElementsMut, RowError, ThreadPool, copy_strided, gather_rows, scatter_add_rows, scatter_rows,
+};
 use common::{Random, assert_close, on_every_pool};
 
 #[test]
@@ -81,7 +83,7 @@ fn check_copy(shape: &[usize], strides: &[usize], input: &[f32]) {
     let expected = naive(shape, strides, input);
     for (isa, got) in on_every_pool(|pool| {
         let mut out = vec![9.0; expected.len()];
-        copy_strided(pool, shape, strides, input, &mut out);
+        copy_strided(pool, shape, strides, Elements::F32(input), ElementsMut::F32(&mut out));
         out
     }) {
         assert_close(&format!("copy {isa:?} {shape:?} {strides:?}"), &got, &expected, 0.0);
@@ -134,7 +136,8 @@ fn copies_of_large_arrays() {
 #[test]
 fn a_copy_that_reaches_too_far_is_told() {
     let result = std::panic::catch_unwind(|| {
-        copy_strided(&ThreadPool::new(1), &[2, 3], &[1, 2], &[0.0; 5], &mut [0.0; 6]);
+        let (from, mut to) = ([0.0; 5], [0.0; 6]);
+        copy_strided(&ThreadPool::new(1), &[2, 3], &[1, 2], Elements::F32(&from), ElementsMut::F32(&mut to));
     });
     let payload = result.expect_err("out of bounds");
     let text = payload.downcast_ref::<String>().unwrap();
