@@ -74,6 +74,12 @@ pub(crate) fn mixed(module: &Module, fusion: &Fusion, stored: &[bool], boundarie
         })
         .collect();
 
+    // Activations are computed from a product. What is not (masks, ranks, positions) may be exact counts.
+    let mut computed = vec![false; count];
+    for id in 0..count {
+        computed[id] = nodes[id].inputs.iter().any(|&i| computed[i as usize] || tower_product[i as usize]);
+    }
+
     // Backward: what depends on a product that is not the forward pass's, and is needed by another.
     let mut backward = vec![false; count];
     for id in 0..count {
@@ -96,7 +102,7 @@ pub(crate) fn mixed(module: &Module, fusion: &Fusion, stored: &[bool], boundarie
         if node.dtype != DType::F32 || is_leaf(id) || is_boundary(id) || !needed[id] || !stored[id] {
             continue;
         }
-        let inside = forward[id] || backward[id];
+        let inside = (forward[id] && computed[id]) || backward[id];
         let demoted = match class(&node.op) {
             Class::Own => tower_product[id] && !matches!(node.op, Op::Conv2dWeightGrad(_)),
             Class::Pointwise => inside && node.elements() >= LARGE,

@@ -3,7 +3,8 @@
 #![allow(dead_code)]
 
 use clip_host_compiler::layout::ChannelsLast;
-use clip_host_compiler::plan::{Plan, compile};
+use clip_host_compiler::plan::{Plan, compile_with};
+use clip_host_compiler::precision::{BOUNDARY, Precision};
 use clip_host_cpu::{Executor, Store, ThreadPool};
 use clip_host_cpu_kernels::Isa;
 use clip_host_graph::autograd::Autograd;
@@ -44,6 +45,9 @@ pub struct Case {
     pub values: HashMap<String, Vec<f64>>,
     pub gradients: bool,
     pub channels_last: bool,
+    pub precision: Precision,
+    /// Outputs that are the towers' ends.
+    pub boundaries: Vec<&'static str>,
     pub tolerance: f64,
     pub seed: u64,
 }
@@ -89,7 +93,16 @@ impl Case {
             Op::MaxPool2d(p) | Op::AvgPool2d(p) => p.layout == Layout::Nchw,
             _ => false,
         });
-        Case { fragment, values, gradients: true, channels_last, tolerance: 1e-4, seed }
+        Case {
+            fragment,
+            values,
+            gradients: true,
+            channels_last,
+            precision: Precision::F32,
+            boundaries: vec![],
+            tolerance: 1e-4,
+            seed,
+        }
     }
 
     pub fn forward_only(mut self) -> Case {
@@ -99,6 +112,13 @@ impl Case {
 
     pub fn tolerance(mut self, tolerance: f64) -> Case {
         self.tolerance = tolerance;
+        self
+    }
+
+    /// In mixed precision, with towers that end in these outputs.
+    pub fn bf16(mut self, boundaries: &[&'static str]) -> Case {
+        self.precision = Precision::Bf16;
+        self.boundaries = boundaries.to_vec();
         self
     }
 
@@ -155,7 +175,7 @@ impl Case {
     /// Compiles the fragment, with its gradients if wanted.
     pub fn plan(&self) -> Plan {
         let mut program = self.program();
-        compile(&mut program).unwrap_or_else(|e| panic!("compile: {e}\n{}", self.fragment.to_text()))
+        compile_with(&mut program, self.precision).unwrap_or_else(|e| panic!("compile: {e}\n{}", self.fragment.to_text()))
     }
 
     /// The program before compilation.
@@ -171,6 +191,10 @@ impl Case {
         let at = |id: NodeId| spliced.nodes[id as usize];
         for (name, id) in &fragment.outputs {
             program.outputs.push((name.clone(), at(*id)));
+        }
+        for name in &self.boundaries {
+            let end = fragment.output(name).unwrap_or_else(|| panic!("no output {name}"));
+            program.outputs.push((BOUNDARY.into(), at(end)));
         }
         let named = program.outputs.len();
         // What autograd needs follows the passes as further outputs.
