@@ -23,6 +23,8 @@ pub enum Command {
     Run(RunArgs),
     /// Find everything that can be known wrong with a recipe before training.
     Check(CheckArgs),
+    /// Show what a recipe's training step compiles to: kernels, costs, memory.
+    Plan(PlanArgs),
     /// Evaluate a run's checkpoint: retrieval over the held-out pairs.
     Eval(EvalArgs),
     /// List, inspect and check plugins.
@@ -80,6 +82,31 @@ pub struct CheckArgs {
     pub recipe: PathBuf,
     #[command(flatten)]
     pub set: SetArgs,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Prints the compiled training step: its kernels in order, with what was fused into each, the operands' sizes and
+/// places, floating-point operations and bytes; the memory map; and totals for each part of the model.
+///
+/// FLOPs of products are exact; a fused kernel counts one for each arithmetic instruction and element. Bytes are those of
+/// distinct elements read and written: the traffic if no cache held anything from the kernel before.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// The recipe.
+    pub recipe: PathBuf,
+    #[command(flatten)]
+    pub set: SetArgs,
+    /// Same as `--set train.batch_size=N`.
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Same as `--set data.image_size=N`.
+    #[arg(long, value_name = "N")]
+    pub image_size: Option<usize>,
+    /// Tables of a small data set instead of the recipe's, so that no data is needed.
+    #[arg(long)]
+    pub synthetic: bool,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
@@ -260,6 +287,23 @@ pub enum BenchCommand {
     Step(BenchStepArgs),
     /// The data pipeline alone: images a second.
     Data(BenchDataArgs),
+    /// This machine's limits: products of matrices and copies of memory.
+    Peak(BenchPeakArgs),
+}
+
+/// Measures what the kernels of a step are compared with: large products of f32 and of bf16 matrices, and copies of
+/// memory (bytes read plus bytes written), with one thread and with all. Each figure is the fastest of several runs.
+#[derive(Debug, Args)]
+pub struct BenchPeakArgs {
+    /// All threads are this many [default: one for each core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// How long to measure each limit.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.5)]
+    pub seconds: f64,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -283,6 +327,10 @@ pub struct BenchStepArgs {
     /// List the N kernels that take most of the step.
     #[arg(long, value_name = "N")]
     pub kernels: Option<usize>,
+    /// Write a trace of the measured steps' kernels to this file, for ui.perfetto.dev or chrome://tracing, and print where
+    /// the time goes, against the machine's limits.
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,

@@ -8,6 +8,8 @@ mod error;
 mod logging;
 mod output;
 mod prepare;
+mod profile;
+mod units;
 
 use clap::Parser;
 use cli::{BenchCommand, Cli, Command, DataCommand, PluginsCommand};
@@ -34,6 +36,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
     match cli.command {
         Command::Run(args) => commands::run::run(args),
         Command::Check(args) => commands::check::run(&args),
+        Command::Plan(args) => commands::plan::run(&args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Plugins(PluginsCommand::List(args)) => commands::plugins::list(&args),
         Command::Plugins(PluginsCommand::Inspect(args)) => commands::plugins::inspect(&args),
@@ -43,5 +46,6 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Data(DataCommand::Index(args)) => commands::data::index(&args),
         Command::Bench(BenchCommand::Step(args)) => commands::bench::step(args),
         Command::Bench(BenchCommand::Data(args)) => commands::bench::data(&args),
+        Command::Bench(BenchCommand::Peak(args)) => commands::peak::run(&args),
     }
 }

@@ -42,6 +42,19 @@ pub fn sets(set: &SetArgs, flags: &[(&str, Option<String>)]) -> Vec<String> {
     set.sets.iter().cloned().chain(flags).collect()
 }
 
+/// Length of per-sample tables for measurements without data: it does not change the time of a step.
+pub fn synthetic_dataset(batch: usize) -> usize {
+    batch * 16
+}
+
+/// The number of threads that a setting stands for: 0 is one for each core.
+pub fn threads(setting: usize) -> usize {
+    match setting {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+}
+
 /// A data error, with where to get the data if it is CC3M's.
 pub fn with_source(error: &DataError) -> String {
     let text = error.to_string();

@@ -46,6 +46,8 @@ pub enum Kind {
     ConvWeightGrad,
     Matmul,
     Pool,
+    /// Batch statistics.
+    Moments,
     /// Elementwise operations and reductions, fused.
     Fused,
     /// Rows of tables: gather and scatter.
@@ -56,12 +58,13 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds, products first.
-    pub const ALL: [Kind; 8] = [
+    pub const ALL: [Kind; 9] = [
         Kind::Conv,
         Kind::ConvInputGrad,
         Kind::ConvWeightGrad,
         Kind::Matmul,
         Kind::Pool,
+        Kind::Moments,
         Kind::Fused,
         Kind::Table,
         Kind::Copy,
@@ -78,6 +81,7 @@ impl Kind {
                 Op::Conv2dWeightGrad(_) => Kind::ConvWeightGrad,
                 Op::Matmul => Kind::Matmul,
                 Op::MaxPool2d(_) | Op::MaxPool2dGrad(_) | Op::AvgPool2d(_) | Op::AvgPool2dGrad(_) => Kind::Pool,
+                Op::Moments => Kind::Moments,
                 Op::Gather | Op::Scatter | Op::ScatterAdd => Kind::Table,
                 _ => Kind::Copy,
             },
@@ -92,6 +96,7 @@ impl Kind {
             Kind::ConvWeightGrad => "conv weight grad",
             Kind::Matmul => "matmul",
             Kind::Pool => "pool",
+            Kind::Moments => "moments",
             Kind::Fused => "fused",
             Kind::Table => "table",
             Kind::Copy => "copy",
@@ -208,6 +213,8 @@ fn own_cost(plan: &Plan, kernel: &Kernel, op: &Op, node: NodeId, inputs: &[Opera
             let grads = inputs.last().map_or(0, elements);
             cost.flops = (grads * pool.kernel[0] * pool.kernel[1]) as f64;
         }
+        // Each element is added to its mean, and its square to the variance.
+        Op::Moments => cost.flops = 3.0 * elements(&inputs[0]) as f64,
         Op::Gather => {
             let rows = out.min(elements(&inputs[0]) as u64);
             cost.read = rows * size(plan, inputs[0].source) + read(&inputs[1]);

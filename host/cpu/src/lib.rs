@@ -5,6 +5,7 @@ pub mod executor;
 mod fused;
 mod math;
 pub mod memory;
+pub mod peak;
 mod tape;
 
 pub use clip_host_cpu_kernels::ThreadPool;

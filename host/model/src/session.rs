@@ -8,6 +8,7 @@ use clip_host_compiler::kernel::Kernel;
 use clip_host_compiler::plan::{Plan, Region};
 use clip_host_cpu::{Executor, Store, ThreadPool};
 use clip_host_plugin_api::interpret::mix;
+use clip_host_plugin_api::ir::Init;
 use clip_host_plugin_api::optimizer::ScalarsRequest;
 use std::sync::Arc;
 use std::time::Instant;
@@ -59,7 +60,8 @@ impl Session {
                 init::fill(&pool, param.init, spec.seed, &param.name, values);
             }
         }
-        for state in &states {
+        // Memory is zero from the start: the moments of a large model need no page before the first step writes them.
+        for state in states.iter().filter(|s| s.init != Init::Constant(0.0)) {
             if let Some(values) = store.get_mut(&state.name) {
                 init::fill(&pool, state.init, spec.seed, &state.name, values);
             }

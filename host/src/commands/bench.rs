@@ -2,7 +2,10 @@
 
 use crate::cli::{BenchDataArgs, BenchStepArgs};
 use crate::error::CliError;
+use crate::profile::{self, Profile};
 use crate::{output, prepare};
+use clip_host_cpu::ThreadPool;
+use clip_host_cpu::peak::Peaks;
 use clip_host_data::{Batch, Data, DataConfig, DataError, Loader, Position};
 use clip_host_model::{Session, StepInput};
 use serde_json::{Value, json};
@@ -22,24 +25,37 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     let plugins = prepare::plugins(&recipe)?;
     let batch = recipe.train.batch_size;
     let (mut source, dataset_size) = match args.synthetic {
-        // Tables of a small data set: their length does not change the time of a step.
-        true => (Source::synthetic(&config, batch, plugins.vocab_size().unwrap_or(30_522)), batch * 16),
+        true => {
+            let source = Source::synthetic(&config, batch, plugins.vocab_size().unwrap_or(30_522));
+            (source, prepare::synthetic_dataset(batch))
+        }
         false => {
             let data = Data::open(&config, &prepare::base()?)?;
             let loader = data.train_loader(batch, recipe.seed, Position::default(), None)?;
             (Source::Loader(Box::new(loader)), data.train.num_images().max(data.train.num_texts()))
         }
     };
-    let mut session = Session::new(plugins.model(&recipe, &config, dataset_size))?;
+    let spec = plugins.model(&recipe, &config, dataset_size);
+    let mut profile = match &args.profile {
+        // The file first: measuring for nothing would be a pity.
+        Some(path) => Some(Profile::create(path, || {
+            Peaks::measure(&ThreadPool::new(prepare::threads(spec.threads)), profile::BUDGET)
+        })?),
+        None => None,
+    };
+    let mut session = Session::new(spec)?;
 
     let mut times = Times::default();
-    if args.kernels.is_some() {
+    if args.kernels.is_some() || profile.is_some() {
         session.time_kernels();
+    }
+    if let Some(profile) = &mut profile {
+        profile.describe(session.kernel_infos());
     }
     for step in 0..WARM_UP + args.steps {
         let begun = Instant::now();
         let input = source.next(step)?;
-        let data_ms = milliseconds(begun);
+        let waited = begun.elapsed();
         let output = session.train_step(&StepInput {
             images: &input.images,
             input_ids: &input.input_ids,
@@ -55,7 +71,10 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
         if step >= WARM_UP {
             let phases = session.phases();
             times.step.push(milliseconds(begun));
-            times.data.push(data_ms);
+            if let Some(profile) = &mut profile {
+                profile.step(begun, waited, session.spans());
+            }
+            times.data.push(waited.as_secs_f64() * 1e3);
             times.forward.push(phases.forward_ms);
             times.backward.push(phases.backward_ms);
             times.update.push(phases.update_ms);
@@ -67,7 +86,7 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     }
     let stats = session.stats();
     let step_ms = median(&mut times.step);
-    let result = json!({
+    let mut result = json!({
         "samples_per_second": batch as f64 * 1e3 / step_ms,
         "step_ms": step_ms,
         "phases_ms": {
@@ -91,7 +110,14 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
         "arena_bytes": stats.arena_bytes,
         "persistent_bytes": stats.persistent_bytes,
     });
-    print_result(&result, args.json)
+    let Some(mut profile) = profile else { return print_result(&result, args.json) };
+    profile.write()?;
+    if args.json {
+        result["profile"] = profile.json_form();
+        return print_result(&result, true);
+    }
+    print_result(&result, false)?;
+    output::print(&profile.tables())
 }
 
 /// The kernels that take most of the step, on stderr: the result stays alone on stdout.
