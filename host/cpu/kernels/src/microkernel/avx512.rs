@@ -30,7 +30,7 @@ const fn table<const ROUND: bool>() -> MicroKernels {
         pair: 1,
         multiply,
         from_f32: Packers { transpose: transpose_avx512::<f32, ROUND>, rows: rows_avx512::<f32, ROUND> },
-        from_bf16: Packers { transpose: transpose_avx512::<bf16, ROUND>, rows: rows_avx512::<bf16, ROUND> },
+        from_bf16: Packers { transpose: transpose_bf16, rows: rows_avx512::<bf16, false> },
     }
 }
 
@@ -64,7 +64,7 @@ unsafe fn multiply_pairs(tile: &Tile) {
 
 /// # Safety
 /// See [`MicroKernels::multiply`].
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 // Counted loops over constants, which the compiler unrolls into registers.
 #[allow(clippy::needless_range_loop)]
 unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
@@ -320,26 +320,23 @@ unsafe fn store_pairs<const ROWS: usize, const VECTORS: usize>(tile: &Tile, acc:
 /// # Safety
 /// See [`MicroKernels::multiply`]; the tile has a place for rounded results.
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[allow(clippy::needless_range_loop)]
 unsafe fn store_rounded<const ROWS: usize, const VECTORS: usize>(tile: &Tile, acc: &[[__m512; VECTORS]; ROWS]) {
     let Some(narrow) = tile.narrow else { return };
     for v in 0..VECTORS {
-        let (mask, count) = (lanes::<VECTORS>(tile, v), (tile.cols - 16 * v).min(16));
+        let mask = lanes::<VECTORS>(tile, v);
         let mut sums = None;
         for row in 0..ROWS {
-            // SAFETY: columns past `cols` are neither read nor written; the rest is the caller's promise.
+            // SAFETY: columns past `cols` are masked; the rest is the caller's promise.
             unsafe {
-                let out = narrow.out.add(*narrow.rows.add(row) + 16 * v);
-                let mut values = [bf16::ZERO; 16];
+                let out = narrow.out.add(*narrow.rows.add(row) + 16 * v).cast::<i16>();
                 let mut value = total(tile, row, v, mask, acc[row][v]);
                 if narrow.accumulate {
-                    std::ptr::copy_nonoverlapping(out, values.as_mut_ptr(), count);
-                    value = _mm512_add_ps(value, widen(_mm256_loadu_si256(values.as_ptr().cast())));
+                    value = _mm512_add_ps(value, widen(_mm256_maskz_loadu_epi16(mask, out)));
                 }
                 let rounded = round(value);
-                _mm256_storeu_si256(values.as_mut_ptr().cast(), rounded);
-                std::ptr::copy_nonoverlapping(values.as_ptr(), out, count);
+                _mm256_mask_storeu_epi16(out, mask, rounded);
                 if let Some(moments) = &tile.moments {
                     let value = widen(rounded);
                     sums.get_or_insert_with(|| Sums::begin(moments, v, mask, value)).add(value);
@@ -411,6 +408,63 @@ unsafe fn transpose_f32(lines: &[*const f32], len: usize, dst: *mut f32, stride:
     }
 }
 
+/// Pairs are transposed as words, and then widened to two rows.
+///
+/// # Safety
+/// See [`Packers::transpose`].
+unsafe fn transpose_bf16(lines: &[*const bf16], len: usize, dst: *mut f32, stride: usize) {
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn compiled(lines: &[*const bf16], len: usize, dst: *mut f32, stride: usize) {
+        let upper = _mm512_set1_epi32(0xffff_0000u32 as i32);
+        for at in (0..len).step_by(32) {
+            let count = (len - at).min(32);
+            // SAFETY: the caller's promise.
+            let words = unsafe { transposed(&pairs_of(lines, at, count)) };
+            for (pair, words) in words.iter().enumerate().take(count.div_ceil(2)) {
+                let words = _mm512_castps_si512(*words);
+                // SAFETY: the caller promises room for 16 words at each row of `dst`.
+                unsafe {
+                    let out = dst.add((at + 2 * pair) * stride);
+                    _mm512_storeu_si512(out.cast(), _mm512_slli_epi32::<16>(words));
+                    if 2 * pair + 1 < count {
+                        _mm512_storeu_si512(out.add(stride).cast(), _mm512_and_si512(words, upper));
+                    }
+                }
+            }
+        }
+    }
+    // SAFETY: this table is chosen only where its instruction set was detected; the rest is the caller's promise.
+    unsafe { compiled(lines, len, dst, stride) }
+}
+
+/// Up to 32 elements of each line, from `at` on, as words.
+///
+/// # Safety
+/// They are readable.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn pairs_of(lines: &[*const bf16], at: usize, count: usize) -> [__m512; 16] {
+    let mut r = [_mm512_setzero_ps(); 16];
+    // SAFETY: masked elements are not read.
+    unsafe {
+        if count == 32 && lines.len() == 12 {
+            for (line, r) in r.iter_mut().enumerate().take(12) {
+                *r = _mm512_loadu_ps(lines.get_unchecked(line).add(at).cast());
+            }
+        } else if count == 32 {
+            for (r, line) in r.iter_mut().zip(lines) {
+                *r = _mm512_loadu_ps(line.add(at).cast());
+            }
+        } else {
+            let mask = 0xffff_ffffu32 >> (32 - count);
+            for (r, line) in r.iter_mut().zip(lines) {
+                *r = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, line.add(at).cast()));
+            }
+        }
+    }
+    r
+}
+
 /// Stores the first `width` columns of 16 rows of words as rows.
 ///
 /// # Safety
@@ -418,6 +472,25 @@ unsafe fn transpose_f32(lines: &[*const f32], len: usize, dst: *mut f32, stride:
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn store_transposed(r: &[__m512; 16], width: usize, dst: *mut f32, stride: usize) {
+    let out = transposed(r);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if width == 16 {
+            for (k, column) in out.iter().enumerate() {
+                _mm512_storeu_ps(dst.add(k * stride), *column);
+            }
+        } else {
+            for (k, column) in out.iter().enumerate().take(width) {
+                _mm512_storeu_ps(dst.add(k * stride), *column);
+            }
+        }
+    }
+}
+
+/// Columns of 16 rows of words as rows.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposed(r: &[__m512; 16]) -> [__m512; 16] {
     let mut t = [_mm512_setzero_ps(); 16];
     for i in 0..8 {
         t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -443,18 +516,7 @@ unsafe fn store_transposed(r: &[__m512; 16], width: usize, dst: *mut f32, stride
         out[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd, odd2);
         out[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd, odd2);
     }
-    // SAFETY: the caller's promise.
-    unsafe {
-        if width == 16 {
-            for (k, column) in out.iter().enumerate() {
-                _mm512_storeu_ps(dst.add(k * stride), *column);
-            }
-        } else {
-            for (k, column) in out.iter().enumerate().take(width) {
-                _mm512_storeu_ps(dst.add(k * stride), *column);
-            }
-        }
-    }
+    out
 }
 
 /// # Safety
@@ -465,7 +527,7 @@ unsafe fn transpose_avx512<T: Element, const ROUND: bool>(
     dst: *mut f32,
     stride: usize,
 ) {
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn compiled<T: Element, const ROUND: bool>(lines: &[*const T], len: usize, dst: *mut f32, stride: usize) {
         // SAFETY: the caller's promise.
         unsafe {
@@ -488,7 +550,7 @@ unsafe fn rows_avx512<T: Element, const ROUND: bool>(
     dst: *mut f32,
     width: usize,
 ) {
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn compiled<T: Element, const ROUND: bool>(
         from: [*const T; 2],
         step: usize,
@@ -511,20 +573,9 @@ unsafe fn transpose_pairs_bf16(lines: &[*const bf16], len: usize, dst: *mut f32,
     unsafe fn compiled(lines: &[*const bf16], len: usize, dst: *mut f32, stride: usize) {
         for at in (0..len).step_by(32) {
             let count = (len - at).min(32);
-            let mut r = [_mm512_setzero_ps(); 16];
-            // SAFETY: `count` elements from `at` are within the line; masked ones are not read. The caller promises
-            // room for 16 words at each row of `dst`.
+            // SAFETY: the caller's promise.
             unsafe {
-                if count == 32 {
-                    for (r, line) in r.iter_mut().zip(lines) {
-                        *r = _mm512_loadu_ps(line.add(at).cast());
-                    }
-                } else {
-                    let mask = 0xffff_ffffu32 >> (32 - count);
-                    for (r, line) in r.iter_mut().zip(lines) {
-                        *r = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, line.add(at).cast()));
-                    }
-                }
+                let r = pairs_of(lines, at, count);
                 store_transposed(&r, count.div_ceil(2), dst.add(at / 2 * stride), stride);
             }
         }
