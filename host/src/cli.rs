@@ -24,6 +24,12 @@ pub enum Command {
     /// Find everything that can be known wrong with a recipe before training.
     Check(CheckArgs),
     /// Show what a recipe's training step compiles to: kernels, costs, memory.
+    ///
+    /// Prints the kernels in order, with what was fused into each, floating-point operations, bytes, and the operands'
+    /// places and sizes; totals for each part of the model; and the memory map.
+    ///
+    /// Operations of products are exact; a fused kernel counts one for each arithmetic instruction and element. Bytes are
+    /// those of distinct elements read and written: the traffic if no cache held anything from the kernel before.
     Plan(PlanArgs),
     /// Evaluate a run's checkpoint: retrieval over the held-out pairs.
     Eval(EvalArgs),
@@ -87,11 +93,6 @@ pub struct CheckArgs {
     pub json: bool,
 }
 
-/// Prints the compiled training step: its kernels in order, with what was fused into each, the operands' sizes and
-/// places, floating-point operations and bytes; the memory map; and totals for each part of the model.
-///
-/// FLOPs of products are exact; a fused kernel counts one for each arithmetic instruction and element. Bytes are those of
-/// distinct elements read and written: the traffic if no cache held anything from the kernel before.
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     /// The recipe.
@@ -288,11 +289,12 @@ pub enum BenchCommand {
     /// The data pipeline alone: images a second.
     Data(BenchDataArgs),
     /// This machine's limits: products of matrices and copies of memory.
+    ///
+    /// What the kernels of a step are compared with: large products of f32 and of bf16 matrices, and copies of memory
+    /// (bytes read plus bytes written), with one thread and with all. Each figure is the fastest of several runs.
     Peak(BenchPeakArgs),
 }
 
-/// Measures what the kernels of a step are compared with: large products of f32 and of bf16 matrices, and copies of
-/// memory (bytes read plus bytes written), with one thread and with all. Each figure is the fastest of several runs.
 #[derive(Debug, Args)]
 pub struct BenchPeakArgs {
     /// All threads are this many [default: one for each core].

@@ -3,7 +3,7 @@
 //! The trace is in Chrome's trace event format, as ui.perfetto.dev and chrome://tracing read it.
 
 use crate::error::CliError;
-use crate::units::{percent, table};
+use crate::units::{counted, percent, table};
 use clip_host_compiler::cost::Kind;
 use clip_host_cpu::peak::Peaks;
 use clip_host_model::{KernelInfo, Owner, Phase, part};
@@ -244,8 +244,7 @@ fn track(phase: Phase) -> usize {
 
 /// What a kernel computes, for the trace's details.
 fn computes(kernel: &KernelInfo) -> String {
-    let op = |(name, count): &(&str, usize)| if *count == 1 { name.to_string() } else { format!("{name}×{count}") };
-    kernel.ops.iter().map(op).collect::<Vec<_>>().join(" ")
+    kernel.ops.iter().map(counted).collect::<Vec<_>>().join(" ")
 }
 
 fn write_trace(out: &mut impl Write, events: &[Value]) -> std::io::Result<()> {

@@ -26,6 +26,11 @@ pub fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
+/// A name and how often it occurs: `mul×3`.
+pub fn counted((name, count): &(&'static str, usize)) -> String {
+    if *count == 1 { name.to_string() } else { format!("{name}×{count}") }
+}
+
 /// A table: the first column flush left, the others flush right, two spaces between. `left` more columns are flush left.
 pub fn table(rows: &[Vec<String>], left: usize) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);

@@ -2,9 +2,9 @@
 
 use crate::cli::PlanArgs;
 use crate::error::CliError;
-use crate::units::{bytes, gflop, megabytes, table, wrap};
+use crate::units::{bytes, counted, gflop, megabytes, table, wrap};
 use crate::{output, prepare};
-use clip_host_compiler::cost::Cost;
+use clip_host_compiler::cost::{Cost, Kind};
 use clip_host_data::Data;
 use clip_host_model::{Buffer, KernelInfo, LeafInfo, MemoryMap, ModelSpec, Owner, Phase, StepPlan, part};
 use serde_json::{Map, Value, json};
@@ -64,7 +64,7 @@ fn totals(kernels: &[KernelInfo]) -> Vec<(String, usize, Cost)> {
     totals
 }
 
-/// Products' share of a part's operations, and all its costs, are what totals tell.
+/// The kernels, each with a line of its own and what it reads and writes below; then totals and memory.
 fn text(plan: &StepPlan) -> String {
     let cells = |row: [&str; 5]| row.map(String::from).to_vec();
     let mut text = format!(
@@ -100,13 +100,9 @@ fn text(plan: &StepPlan) -> String {
 /// What was fused into a kernel and where its operands are.
 fn details(kernel: &KernelInfo) -> String {
     let mut words: Vec<String> = Vec::new();
-    let fused = kernel.ops.iter().map(|(name, count)| match count {
-        1 => name.to_string(),
-        count => format!("{name}×{count}"),
-    });
-    if kernel.reads.len() + kernel.ops.len() > 1 && kernel.name.starts_with("fused") {
+    if kernel.kind == Kind::Fused {
         words.push("computes".into());
-        words.extend(fused);
+        words.extend(kernel.ops.iter().map(counted));
         words.push("·".into());
     }
     words.push("reads".into());
@@ -117,7 +113,7 @@ fn details(kernel: &KernelInfo) -> String {
     wrap(&words, 6, WIDTH)
 }
 
-/// Operands, each one word; of many alike the first.
+/// Operands, each one word; of many the first.
 fn list(buffers: &[Buffer]) -> Vec<String> {
     const MOST: usize = 12;
     let mut words: Vec<String> = buffers.iter().take(MOST).map(place).collect();
