@@ -2,6 +2,7 @@
 //! CPU runs it tile by tile, a GPU backend renders the same program.
 
 use clip_host_plugin_api::ir::{Binary, Compare, DType, Node, NodeId, Op, Unary};
+use std::ops::Range;
 
 /// How a value is kept in memory. Registers of fused kernels hold f32 whatever is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -189,6 +190,32 @@ impl Kernel {
             Kernel::Own { inputs, .. } => inputs.iter().map(|i| i.source).collect(),
             Kernel::Copy { input, .. } => vec![input.source],
             Kernel::Store { value, .. } => vec![value.source],
+        }
+    }
+
+    /// The elements of `source` that the kernel may read: for each operand, from the first to one past the last.
+    pub fn reads_of(&self, source: NodeId) -> Vec<Range<usize>> {
+        let reach = |steps: &mut dyn Iterator<Item = (usize, usize)>| {
+            steps.map(|(size, stride)| size.saturating_sub(1) * stride).sum::<usize>() + 1
+        };
+        let operand = |o: &Operand| o.offset..o.offset + reach(&mut o.dims.iter().copied());
+        let input = |fused: &Fused, i: &Input| {
+            let len = match (&i.pattern, i.rank) {
+                (_, Rank::Scalar) => 1,
+                (Pattern::Same, Rank::Row) => fused.rows,
+                (Pattern::Same, Rank::Full) => fused.rows * fused.cols,
+                (Pattern::Column, _) => fused.cols,
+                (Pattern::Strided(strides), _) => reach(&mut fused.dims.iter().copied().zip(strides.iter().copied())),
+            };
+            i.offset..i.offset + len
+        };
+        let operands = |list: &[Operand]| list.iter().filter(|o| o.source == source).map(operand).collect();
+        match self {
+            Kernel::Fused(fused) => {
+                fused.inputs.iter().filter(|i| i.source == source).map(|i| input(fused, i)).collect()
+            }
+            Kernel::Own { inputs, .. } => operands(inputs),
+            Kernel::Copy { input, .. } | Kernel::Store { value: input, .. } => operands(std::slice::from_ref(input)),
         }
     }
 

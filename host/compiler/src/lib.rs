@@ -13,4 +13,5 @@ pub mod moments;
 pub mod plan;
 pub mod precision;
 pub mod simplify;
+mod update;
 pub mod view;

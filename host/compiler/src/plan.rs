@@ -6,9 +6,11 @@ use crate::lower::{LowerError, lower};
 use crate::memory::{Life, pack};
 use crate::module::{Class, Module, class};
 use crate::precision::{self, Precision};
+use crate::update::{self, Schedule};
 use clip_host_graph::program::{Program, ProgramError};
 use clip_host_plugin_api::ir::{DType, Node, NodeId, Op};
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
+use std::ops::Range;
 use thiserror::Error;
 
 /// Why a program could not be compiled.
@@ -83,15 +85,24 @@ pub fn compile_with(program: &mut Program, precision: Precision) -> Result<Plan,
     plan(module, fusion, &stored, storage)
 }
 
-fn plan(module: Module, fusion: Fusion, stored: &[bool], storage: Vec<Element>) -> Result<Plan, CompileError> {
+fn plan(mut module: Module, fusion: Fusion, stored: &[bool], mut storage: Vec<Element>) -> Result<Plan, CompileError> {
     let kernels = lower(&module, &fusion, stored, &storage)?;
     let keys: Vec<NodeId> = fusion.units.iter().map(|u| u.roots.last().copied().unwrap_or(0)).collect();
-    let mut graph = Dependencies::new(&kernels, keys);
+    let mut schedule = Schedule { kernels, keys };
+    let pieces = update::split(&mut module, &fusion, &mut schedule, &mut storage);
+    let kernels = schedule.kernels;
+    let mut graph = Dependencies::new(&kernels, schedule.keys);
     let view = |id: NodeId| fusion.views.of(id);
 
     // New values of leaves go straight into the leaves' memory where every reader of the old one comes first.
     let mut alias: HashMap<NodeId, Place> = HashMap::new();
     let mut copies: Vec<Kernel> = Vec::new();
+    for piece in &pieces {
+        let offset = piece.start * storage[piece.value as usize].bytes();
+        alias.insert(piece.value, Place { region: Region::Leaf(piece.leaf), offset });
+        let end = piece.start + module.node(piece.value).elements();
+        graph.order_overlapping(&kernels, piece.leaf, piece.start..end, piece.kernel);
+    }
     for &(leaf, value) in &module.updates {
         let value_view = view(value);
         let root = value_view.root;
@@ -234,6 +245,16 @@ impl Dependencies {
         }
         self.before[writer].extend(readers);
         true
+    }
+
+    /// Demands that all who read a part of a leaf run before `writer` overwrites it. Nothing may need what `writer`
+    /// writes there.
+    fn order_overlapping(&mut self, kernels: &[Kernel], leaf: NodeId, part: Range<usize>, writer: usize) {
+        let overlaps = |range: Range<usize>| range.start < part.end && part.start < range.end;
+        let readers = self.readers.get(&leaf).into_iter().flatten().copied();
+        let clash = |&reader: &usize| reader != writer && kernels[reader].reads_of(leaf).into_iter().any(overlaps);
+        let readers: Vec<usize> = readers.filter(clash).collect();
+        self.before[writer].extend(readers);
     }
 
     /// Whether kernel `a` must come after kernel `b`.

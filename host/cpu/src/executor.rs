@@ -97,8 +97,8 @@ pub struct Executor {
     inputs: HashMap<String, usize>,
     launches: Vec<Launch>,
     blocks: Vec<usize>,
-    /// Launches whose time is the backward pass's or the update's: see [`Executor::set_phases`].
-    phase_ends: [usize; 2],
+    /// Which of `phases` each launch counts in: see [`Executor::set_phases`].
+    phase_of: Vec<usize>,
     /// Seconds of the last run, by phase.
     pub phases: [f64; 3],
     /// Seconds of each launch over all runs since [`Executor::time_launches`].
@@ -184,7 +184,7 @@ impl Executor {
             inputs,
             launches,
             blocks,
-            phase_ends: [count, count],
+            phase_of: vec![0; count],
             phases: [0.0; 3],
             timings: None,
             spans: Vec::new(),
@@ -210,9 +210,9 @@ impl Executor {
         &self.plan
     }
 
-    /// Says after which launches the forward and the backward pass end.
-    pub fn set_phases(&mut self, ends: [usize; 2]) {
-        self.phase_ends = ends;
+    /// Says which phase each launch belongs to: 0, the forward pass; 1, the backward pass; 2, the update.
+    pub fn set_phases(&mut self, of: impl IntoIterator<Item = usize>) {
+        self.phase_of.iter_mut().zip(of).for_each(|(phase, of)| *phase = of.min(2));
     }
 
     /// An input's memory, its elements and how they are kept.
@@ -269,26 +269,21 @@ impl Executor {
         let pointers: &[usize] = &self.blocks;
         // SAFETY: an address and its number have the same size; each came from a live buffer above.
         let memory = Memory { blocks: unsafe { std::slice::from_raw_parts(pointers.as_ptr().cast(), pointers.len()) } };
-        let mut start = Instant::now();
+        let mut began = Instant::now();
         self.phases = [0.0; 3];
         self.spans.clear();
-        let mut phase = 0;
         for (index, launch) in self.launches.iter_mut().enumerate() {
-            while phase < 2 && index == self.phase_ends[phase] {
-                self.phases[phase] = start.elapsed().as_secs_f64();
-                start = Instant::now();
-                phase += 1;
-            }
-            let began = self.timings.is_some().then(Instant::now);
             // SAFETY: the addresses come from the plan that the blocks were made for, and no two kernels run at once.
             unsafe { run_launch(launch, &self.pool, memory, seed)? };
-            if let (Some(began), Some(timings)) = (began, &mut self.timings) {
-                let ended = Instant::now();
-                timings[index] += (ended - began).as_secs_f64();
+            let ended = Instant::now();
+            let seconds = (ended - began).as_secs_f64();
+            self.phases[self.phase_of[index]] += seconds;
+            if let Some(timings) = &mut self.timings {
+                timings[index] += seconds;
                 self.spans.push((began, ended));
             }
+            began = ended;
         }
-        self.phases[phase] = start.elapsed().as_secs_f64();
         Ok(())
     }
 

@@ -27,8 +27,7 @@ fn conv_bn<'g>(g: &'g Graph, x: Tensor<'g>, name: &str, out: usize, kernel: usiz
 fn image_tower(g: &Graph) {
     let x = g.input("images", &[4, 3, 36, 36], DType::F32);
     let x = conv_bn(g, x, "stem", 16, 3, 1).relu();
-    let pool =
-        Pool { kernel: [3; 2], stride: [2; 2], padding: [1; 2], count_include_pad: false, layout: Layout::Nchw };
+    let pool = Pool { kernel: [3; 2], stride: [2; 2], padding: [1; 2], count_include_pad: false, layout: Layout::Nchw };
     let mut x = x.max_pool2d(pool);
     for block in 0..2 {
         let y = conv_bn(g, x, &format!("b{block}.1"), 16, 1, 1).relu();

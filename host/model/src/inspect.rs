@@ -2,7 +2,7 @@
 //! which part of the model it works for.
 
 use crate::assemble::{ParamSlot, Training, training};
-use crate::session::phase_ends;
+use crate::session::phases;
 use crate::{ModelError, ModelSpec};
 use clip_host_compiler::cost::{Cost, Kind, cost, distinct, points};
 use clip_host_compiler::kernel::{Kernel, Operand};
@@ -159,15 +159,15 @@ impl StepPlan {
 
 /// The plan's kernels in order.
 pub(crate) fn kernels(plan: &Plan, params: &[ParamSlot]) -> Vec<KernelInfo> {
-    let [forward, backward] = phase_ends(plan);
+    let phases = phases(plan);
     let names = Names { plan, params };
     let info = |(index, (kernel, owner)): (usize, (&Kernel, Owner))| KernelInfo {
         name: title(plan, kernel),
         ops: ops(plan, kernel),
         kind: Kind::of(kernel),
-        phase: match index {
-            _ if index < forward => Phase::Forward,
-            _ if index < backward => Phase::Backward,
+        phase: match phases[index] {
+            0 => Phase::Forward,
+            1 => Phase::Backward,
             _ => Phase::Update,
         },
         owner,

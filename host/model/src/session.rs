@@ -48,7 +48,7 @@ impl Session {
             store.entry(&param.storage, length.unwrap_or(0));
         }
         check_memory((plan.arena + store.bytes()) as u64)?;
-        let phases = phase_ends(&plan);
+        let phases = phases(&plan);
         let mut step = Executor::new(plan, pool.clone(), &mut store)?;
         step.set_phases(phases);
         let compile_ms = start.elapsed().as_secs_f64() * 1e3;
@@ -299,9 +299,9 @@ fn distance(a: &str, b: &str) -> usize {
     a.len().max(b.len()) - common
 }
 
-/// The forward pass ends with the kernel that writes the loss; the update begins with the first that writes a flat
-/// parameter tensor.
-pub(crate) fn phase_ends(plan: &Plan) -> [usize; 2] {
+/// The phase of each kernel: 0, the forward pass, which ends with the kernel that writes the loss; 1, the backward pass;
+/// 2, the update, which writes parameters.
+pub(crate) fn phases(plan: &Plan) -> Vec<usize> {
     let loss = plan.outputs.iter().find(|(name, _)| name == "loss").map(|(_, o)| o.source);
     let writes = |kernel: &Kernel, id| kernel.writes().contains(&id);
     let forward = loss.and_then(|id| plan.kernels.iter().position(|k| writes(k, id))).map_or(0, |i| i + 1);
@@ -312,8 +312,11 @@ pub(crate) fn phase_ends(plan: &Plan) -> [usize; 2] {
             _ => false,
         })
     };
-    let backward = plan.kernels.iter().position(updates_param).unwrap_or(plan.kernels.len());
-    [forward.min(backward), backward]
+    let phase = |(index, kernel)| match () {
+        _ if updates_param(kernel) => 2,
+        _ => usize::from(index >= forward),
+    };
+    plan.kernels.iter().enumerate().map(phase).collect()
 }
 
 #[cfg(test)]

@@ -175,7 +175,8 @@ impl Case {
     /// Compiles the fragment, with its gradients if wanted.
     pub fn plan(&self) -> Plan {
         let mut program = self.program();
-        compile_with(&mut program, self.precision).unwrap_or_else(|e| panic!("compile: {e}\n{}", self.fragment.to_text()))
+        compile_with(&mut program, self.precision)
+            .unwrap_or_else(|e| panic!("compile: {e}\n{}", self.fragment.to_text()))
     }
 
     /// The program before compilation.
