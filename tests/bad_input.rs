@@ -169,7 +169,7 @@ fn a_batch_larger_than_the_data_is_told() {
 #[test]
 fn mistakes_in_a_recipe_are_told_where_they_are() {
     let folder = small_run("typos");
-    let cases: [(&str, &str, &[&str]); 23] = [
+    let cases: [(&str, &str, &[&str]); 22] = [
         ("epochs: 2", "epocs: 2", &["unknown key `epocs`", "did you mean `epochs`"]),
         ("image_size: 32", "image_sise: 32", &["unknown key `image_sise`", "did you mean `image_size`"]),
         ("loss: (plugin", "los: (plugin", &["unknown key `los`", "did you mean `loss`"]),
