@@ -3,7 +3,7 @@
 
 use crate::memory::{Address, Memory};
 use crate::tape::{self, Arg};
-use clip_host_compiler::kernel::{Element, Fused, Instr, Pattern, Rank, Store};
+use clip_host_compiler::kernel::{Element, Fused, Instr, Output, Pattern, Rank, Store};
 use clip_host_compiler::lower::operands;
 use clip_host_cpu_kernels::{Isa, ThreadPool, bf16};
 use clip_host_plugin_api::ir::NodeId;
@@ -12,6 +12,9 @@ use clip_host_plugin_api::ir::NodeId;
 const TILE: usize = 1024;
 /// Elements of a task.
 const TASK: usize = 32_768;
+/// Bytes from which a result is written past the caches: a plain store reads each line before it overwrites it, and the
+/// next kernel would not find the line in a cache anyway.
+const STREAM: usize = 32 << 20;
 /// The most partial sums of one reduction.
 const PARTIALS: usize = 64;
 /// The most instructions of a kernel (the fuser's limits keep below it).
@@ -72,6 +75,8 @@ struct Out {
     element: Element,
     /// Written by its instruction already.
     direct: bool,
+    /// Too large for a cache: written past it.
+    streamed: bool,
     /// Offset in the partial sums, and their number for each segment.
     partial: usize,
 }
@@ -194,6 +199,7 @@ impl Program {
                 store: output.store,
                 element: output.dtype,
                 direct: false,
+                streamed: self.is_streamed(kernel, output, place),
                 partial,
             });
             partial += match output.store {
@@ -203,6 +209,16 @@ impl Program {
             };
         }
         self.partials = vec![0.0; partial];
+    }
+
+    /// Whether a result is written past the caches: if it is large, and its lines are not read, and so cached, just before
+    /// because it replaces an operand.
+    fn is_streamed(&self, kernel: &Fused, output: &Output, place: &impl Fn(NodeId) -> Address) -> bool {
+        let bytes = self.rows * self.cols * output.dtype.bytes();
+        let to = place(output.target);
+        let in_place = kernel.inputs.iter().map(|i| place(i.source)).any(|from| from.block == to.block && to.block > 0);
+        let is_full = output.store == Store::Each && kernel.code[output.value].1 == Rank::Full;
+        is_full && output.dtype != Element::I32 && bytes >= STREAM && !in_place
     }
 
     /// Gives every value its place; slots are used again once their values are dead.
@@ -233,6 +249,7 @@ impl Program {
                 o.value == at
                     && o.store == Store::Each
                     && o.element == Element::F32
+                    && !o.streamed
                     && !read.iter().any(|r| r.block == o.address.block && o.address.block > 0)
             });
             let once = match instr {
@@ -362,6 +379,9 @@ impl Program {
                     col += cols;
                 }
                 row += rows;
+            }
+            if self.outs.iter().any(|o| o.streamed) {
+                tape::fence();
             }
         }
     }
@@ -654,6 +674,12 @@ impl Program {
                     Store::Each => {
                         let start = if rank == Rank::Full { row * self.cols + col } else { row };
                         match out.element {
+                            Element::F32 if out.streamed => {
+                                tape::stream(value, memory.at::<f32>(out.address).add(start), n, |v| v);
+                            }
+                            Element::Bf16 if out.streamed => {
+                                tape::stream(value, memory.at::<bf16>(out.address).add(start), n, tape::narrowed);
+                            }
                             Element::F32 => tape::unary_identity(value, memory.at::<f32>(out.address).add(start), n),
                             Element::I32 => tape::to_integers(value, memory.at::<i32>(out.address).add(start), n),
                             Element::Bf16 => tape::narrow(value, memory.at::<bf16>(out.address).add(start), n),

@@ -136,6 +136,85 @@ pub unsafe fn narrow(a: Arg, out: *mut bf16, n: usize) {
     }
 }
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// A line of elements on its way to memory.
+#[repr(align(64))]
+struct Line<T, const N: usize>([T; N]);
+
+/// `out[i] = f(a[i])` past the caches, a line at a time: no line is read before it is written. [`fence`] must follow
+/// before another thread reads.
+///
+/// # Safety
+/// As [`map1`]; `out` is aligned to its type.
+#[inline(always)]
+pub unsafe fn stream<T: Copy>(a: Arg, out: *mut T, n: usize, f: impl Fn(f32) -> T) {
+    const { assert!(size_of::<T>() == 4 || size_of::<T>() == 2) };
+    // SAFETY: as in the parts, which cover 0..n.
+    unsafe {
+        let per_line = LINE / size_of::<T>();
+        let head = out.align_offset(LINE).min(n);
+        let body = (n - head) / per_line * per_line;
+        map_to(a, out, head, &f);
+        match size_of::<T>() {
+            4 => stream_lines::<T, 16>(a.at(head), out.add(head), body, &f),
+            _ => stream_lines::<T, 32>(a.at(head), out.add(head), body, &f),
+        }
+        map_to(a.at(head + body), out.add(head + body), n - head - body, &f);
+    }
+}
+
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+unsafe fn map_to<T>(a: Arg, out: *mut T, n: usize, f: impl Fn(f32) -> T) {
+    for i in 0..n {
+        // SAFETY: i < n.
+        unsafe {
+            *out.add(i) = match a {
+                Arg::Vector(a) => f(*a.add(i)),
+                Arg::Value(a) => f(a),
+            };
+        }
+    }
+}
+
+/// # Safety
+/// As [`map1`]; `n` is a multiple of `N`, `N` elements are a line, and `out` is where one begins.
+#[inline(always)]
+unsafe fn stream_lines<T: Copy, const N: usize>(a: Arg, out: *mut T, n: usize, f: impl Fn(f32) -> T) {
+    for at in (0..n).step_by(N) {
+        // SAFETY: at + N ≤ n; both lines are aligned, and 64 bytes long.
+        unsafe {
+            let line = Line(match a {
+                Arg::Vector(a) => std::array::from_fn::<T, N, _>(|i| f(*a.add(at + i))),
+                Arg::Value(a) => [f(a); N],
+            });
+            #[cfg(target_arch = "x86_64")]
+            {
+                use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_stream_si128};
+                let (from, to) = ((&raw const line.0).cast::<__m128i>(), out.add(at).cast::<__m128i>());
+                for part in 0..LINE / 16 {
+                    _mm_stream_si128(to.add(part), _mm_load_si128(from.add(part)));
+                }
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            std::ptr::copy_nonoverlapping((&raw const line.0).cast::<T>(), out.add(at), N);
+        }
+    }
+}
+
+/// Makes streamed results visible to whoever this thread hands over to.
+#[inline(always)]
+pub fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 processor has the instruction, which only orders stores.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// # Safety
 /// As [`map1`].
 #[inline(always)]
@@ -298,5 +377,31 @@ pub unsafe fn uniform(seed: u64, stream: u32, first: u64, out: *mut f32, n: usiz
         let bits = mix(key ^ (first + i as u64).wrapping_mul(0xd134_2543_de82_ef95)) >> 40;
         // SAFETY: i < n.
         unsafe { *out.add(i) = bits as f32 / (1u64 << 24) as f32 };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streamed_results_are_complete_and_stay_in_bounds() {
+        let from: Vec<f32> = (0..300).map(|i| i as f32 * 0.37 - 50.0).collect();
+        // Every alignment that a tile may begin at, lengths with and without whole lines.
+        for (start, n) in (0..40).flat_map(|start| [0, 1, 15, 16, 33, 128, 200].map(|n| (start, n))) {
+            let (mut floats, mut halves) = ([7.0f32; 300], [bf16::from_f32(7.0); 300]);
+            for (a, expected) in [(Arg::Vector(from.as_ptr()), &from[..n]), (Arg::Value(3.0), &[3.0; 300][..n])] {
+                // SAFETY: start + n < 300.
+                unsafe {
+                    stream(a, floats.as_mut_ptr().add(start), n, |v| v);
+                    stream(a, halves.as_mut_ptr().add(start), n, narrowed);
+                }
+                fence();
+                assert_eq!(floats[start..start + n], *expected);
+                assert!(expected.iter().zip(&halves[start..]).all(|(&e, h)| narrowed(e) == *h));
+                let outside = (0..start).chain(start + n..300);
+                assert!(outside.clone().all(|i| floats[i] == 7.0 && halves[i].to_f32() == 7.0));
+            }
+        }
     }
 }
