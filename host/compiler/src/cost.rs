@@ -113,7 +113,11 @@ impl Kind {
 pub fn cost(plan: &Plan, kernel: &Kernel) -> Cost {
     match kernel {
         Kernel::Fused(fused) => fused_cost(plan, fused),
-        Kernel::Own { op, node, inputs, shape } => own_cost(plan, kernel, op, *node, inputs, shape),
+        Kernel::Own { op, node, inputs, shape, moments } => {
+            let mut cost = own_cost(plan, kernel, op, *node, inputs, shape);
+            cost.written += moments.map_or(0, |m| plan.nodes[m as usize].elements() as u64 * size(plan, m));
+            cost
+        }
         Kernel::Copy { node: target, input } | Kernel::Store { leaf: target, value: input } => Cost {
             read: distinct(input) as u64 * size(plan, input.source),
             written: elements(input) as u64 * size(plan, *target),

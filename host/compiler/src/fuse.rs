@@ -8,7 +8,7 @@
 use crate::merge::Merger;
 use crate::module::{Class, Module, class, reduction};
 use crate::view::View;
-use clip_host_plugin_api::ir::{NodeId, Op, Unary};
+use clip_host_plugin_api::ir::{Node, NodeId, Op, Unary};
 use std::collections::{BTreeSet, HashMap};
 
 /// Recomputing more than this many ops in a second kernel costs more than reading the value back.
@@ -65,7 +65,8 @@ impl Views {
 pub fn fuse(module: &Module) -> Fusion {
     let mut fuser = Fuser::new(module);
     fuser.find_anchors();
-    let units = Merger::new(&fuser, fuser.initial_units()).run();
+    let mut units = Merger::new(&fuser, fuser.initial_units()).run();
+    fuser.join_moments(&mut units);
     Fusion { units, anchors: fuser.anchors, views: Views { view: fuser.views } }
 }
 
@@ -309,6 +310,25 @@ impl<'a> Fuser<'a> {
             units.push(unit);
         }
         units
+    }
+
+    /// The moments of a convolution's result become the convolution's second result.
+    fn join_moments(&self, units: &mut Vec<Unit>) {
+        let mut moments: HashMap<NodeId, NodeId> = HashMap::new();
+        for unit in units.iter() {
+            let root = unit.roots.first().copied().unwrap_or_default();
+            if let Node { op: Op::Moments, inputs, .. } = self.module.node(root)
+                && self.is_same_order(self.view(inputs[0]))
+                && matches!(self.module.node(self.view(inputs[0]).root).op, Op::Conv2d(_))
+            {
+                moments.insert(self.view(inputs[0]).root, root);
+            }
+        }
+        units.retain(|unit| !unit.roots.iter().any(|root| moments.values().any(|m| m == root)));
+        for unit in units {
+            let second = unit.roots.iter().find_map(|root| moments.get(root)).copied();
+            unit.roots.extend(second);
+        }
     }
 
     /// Takes in a node and the pointwise nodes that lead to it.

@@ -169,6 +169,8 @@ pub enum Kernel {
         node: NodeId,
         inputs: Vec<Operand>,
         shape: Vec<usize>,
+        /// A convolution's second result: the [`Op::Moments`] of its first.
+        moments: Option<NodeId>,
     },
     /// Writes a strided view in contiguous order.
     Copy {
@@ -223,7 +225,8 @@ impl Kernel {
     pub fn writes(&self) -> Vec<NodeId> {
         match self {
             Kernel::Fused(fused) => fused.outputs.iter().map(|o| o.target).collect(),
-            Kernel::Own { node, .. } | Kernel::Copy { node, .. } => vec![*node],
+            Kernel::Own { node, moments, .. } => std::iter::once(*node).chain(*moments).collect(),
+            Kernel::Copy { node, .. } => vec![*node],
             Kernel::Store { leaf, .. } => vec![*leaf],
         }
     }
@@ -248,10 +251,11 @@ impl Kernel {
                 let (inputs, outputs) = (fused.inputs.len(), fused.outputs.len());
                 format!("fused [{rows}, {cols}] {inputs} in, {outputs} out: {}", ops.join(" "))
             }
-            Kernel::Own { op, inputs, shape, .. } => {
+            Kernel::Own { op, inputs, shape, moments, .. } => {
                 let sizes = |o: &Operand| format!("{:?}", o.dims.iter().map(|d| d.0).collect::<Vec<_>>());
                 let inputs: Vec<String> = inputs.iter().map(sizes).collect();
-                format!("{} {} -> {shape:?}", op.name(), inputs.join(" "))
+                let moments = if moments.is_some() { " and its moments" } else { "" };
+                format!("{} {} -> {shape:?}{moments}", op.name(), inputs.join(" "))
             }
             Kernel::Copy { node, .. } => format!("copy {:?}", nodes[*node as usize].shape),
             Kernel::Store { leaf, .. } => format!("store {:?}", nodes[*leaf as usize].shape),

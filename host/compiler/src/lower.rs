@@ -57,6 +57,7 @@ fn lower_unit(
                 node: root,
                 inputs: node.inputs.iter().map(|&i| operand(fusion.views.of(i))).collect(),
                 shape: node.shape.clone(),
+                moments: unit.roots.iter().nth(1).copied(),
             },
         });
     };

@@ -131,7 +131,7 @@ fn plan(mut module: Module, fusion: Fusion, stored: &[bool], mut storage: Vec<El
     // Parts of a concatenation are computed in place.
     let mut parent: HashMap<NodeId, (NodeId, usize)> = HashMap::new();
     for kernel in &kernels {
-        let Kernel::Own { op: Op::Concat { axis }, node, inputs, shape } = kernel else { continue };
+        let Kernel::Own { op: Op::Concat { axis }, node, inputs, shape, .. } = kernel else { continue };
         // In a leaf's memory the parts would overwrite what others have yet to read.
         if shape[..*axis].iter().any(|&d| d != 1) || alias.contains_key(node) {
             continue;

@@ -192,7 +192,13 @@ impl Cut {
                     let sources = group.iter().map(|o| o.source).collect();
                     let node = add(module, storage, Op::Concat { axis: 0 }, sources, len, Element::F32);
                     let inputs = group.iter().map(|o| Operand { dims: vec![(elements(o), 1)], ..o.clone() }).collect();
-                    made.push(Kernel::Own { op: Op::Concat { axis: 0 }, node, inputs, shape: vec![len] });
+                    made.push(Kernel::Own {
+                        op: Op::Concat { axis: 0 },
+                        node,
+                        inputs,
+                        shape: vec![len],
+                        moments: None,
+                    });
                     (node, 0)
                 }
             };
@@ -227,7 +233,7 @@ impl Cut {
             let len = parts.len();
             let sources = parts.iter().map(|p| p.source).collect();
             let node = add(module, storage, Op::Concat { axis: 0 }, sources, len, Element::F32);
-            made.push(Kernel::Own { op: Op::Concat { axis: 0 }, node, inputs: parts, shape: vec![len] });
+            made.push(Kernel::Own { op: Op::Concat { axis: 0 }, node, inputs: parts, shape: vec![len], moments: None });
             let (rank, pattern, dtype) = (Rank::Full, Pattern::Same, Element::F32);
             made.push(Kernel::Fused(Fused {
                 rows: 1,

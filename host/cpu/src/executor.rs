@@ -70,8 +70,18 @@ enum Leaf {
 
 enum Launch {
     Fused(Box<Program>),
-    Own { op: Op, output: Target, inputs: Vec<Source>, shape: Vec<usize>, in_place: Vec<bool> },
-    Copy { output: Target, input: Source },
+    Own {
+        op: Op,
+        output: Target,
+        inputs: Vec<Source>,
+        shape: Vec<usize>,
+        in_place: Vec<bool>,
+        moments: Option<Address>,
+    },
+    Copy {
+        output: Target,
+        input: Source,
+    },
 }
 
 /// An operand's place and how it is read.
@@ -154,7 +164,7 @@ impl Executor {
                     let program = Program::new(fused, address).ok_or(ExecuteError::TooLong(fused.code.len()))?;
                     Launch::Fused(Box::new(program))
                 }
-                Kernel::Own { op, node, inputs, shape } => {
+                Kernel::Own { op, node, inputs, shape, moments } => {
                     check_layout(op)?;
                     let output = target(*node);
                     let inputs: Vec<Source> = inputs.iter().map(source).collect();
@@ -167,7 +177,8 @@ impl Executor {
                             here
                         })
                         .collect();
-                    Launch::Own { op: op.clone(), output, inputs, shape: shape.clone(), in_place }
+                    let moments = moments.map(address);
+                    Launch::Own { op: op.clone(), output, inputs, shape: shape.clone(), in_place, moments }
                 }
                 Kernel::Copy { node, input } => Launch::Copy { output: target(*node), input: source(input) },
                 Kernel::Store { leaf, value } => Launch::Copy { output: target(*leaf), input: source(value) },
@@ -390,7 +401,7 @@ unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, see
                 let (from, to) = (input.elements(memory), output.elements(memory, elements(view)));
                 kernels::copy_strided(pool, &sizes(view), &strides, from, to);
             }
-            Launch::Own { op, output, inputs, shape, in_place } => {
+            Launch::Own { op, output, inputs, shape, in_place, moments } => {
                 let (op, shape) = (&*op, &*shape);
                 let out_len: usize = shape.iter().product();
                 let view = |i: usize| &inputs[i].view;
@@ -401,7 +412,8 @@ unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, see
                     Op::Matmul => matmul(pool, view(0), view(1), input(0), input(1), out),
                     Op::Conv2d(conv) => {
                         let s = conv_shape(conv, &sizes(view(0)), &sizes(view(1)), shape);
-                        kernels::conv2d_forward(pool, &s, input(0), input(1), None, out, false, None);
+                        let moments = moments.map(|at| memory.slice_mut::<f32>(at, 2 * s.out_c));
+                        kernels::conv2d_forward(pool, &s, input(0), input(1), None, out, false, moments);
                     }
                     Op::Conv2dInputGrad(conv) => {
                         let s = conv_shape(conv, shape, &sizes(view(1)), &sizes(view(0)));
