@@ -63,9 +63,11 @@ pub struct Buffer {
     pub value: NodeId,
     /// The parameter's, state's or input's name; none in the arena.
     pub leaf: Option<String>,
-    /// Bytes from the beginning of the arena or of the leaf's memory.
+    /// For a parameter that lives in a flat tensor with others: that tensor, and how many bytes into it.
+    pub within: Option<(String, usize)>,
+    /// Bytes from the beginning of the arena or of the named leaf.
     pub offset: usize,
-    /// Bytes of the whole value; of a parameter that lives in a flat tensor, the parameter's own.
+    /// Bytes of the value; of a leaf, those that are read or written.
     pub bytes: usize,
     pub shape: Vec<usize>,
     /// `f32`, `bf16` or `i32`.
@@ -267,29 +269,46 @@ impl Names<'_> {
     fn buffer(&self, value: NodeId, read: Option<Read>) -> Buffer {
         let node = &self.plan.nodes[value as usize];
         let storage = self.plan.storage[value as usize];
-        let (region, base) = match self.plan.places.get(&value) {
+        let (region, offset) = match self.plan.places.get(&value) {
             Some(place) => (place.region, place.offset),
             None => (Region::Leaf(value), 0),
         };
-        let leaf = match region {
-            Region::Arena => None,
-            Region::Leaf(leaf) => Some(leaf),
+        let (shape, element) = (node.shape.clone(), storage.name());
+        let Region::Leaf(leaf) = region else {
+            return Buffer {
+                value,
+                leaf: None,
+                within: None,
+                offset,
+                bytes: node.elements() * storage.bytes(),
+                shape,
+                element,
+            };
         };
-        let mut buffer = Buffer {
-            value,
-            leaf: leaf.map(|id| leaf_name(self.plan, id)),
-            offset: base,
-            bytes: node.elements() * storage.bytes(),
-            shape: node.shape.clone(),
-            element: storage.name(),
-        };
-        if let Some(slot) = read.and_then(|read| self.slot(read)) {
-            buffer.leaf = Some(slot.name.clone());
-            buffer.offset = slot.offset * storage.bytes();
-            buffer.bytes = slot.elements() * storage.bytes();
-            buffer.shape.clone_from(&slot.shape);
+        // A result that goes straight into a leaf's memory is a part of the leaf too.
+        let first = offset / storage.bytes() + read.map_or(0, |r| r.element);
+        let part = Read { value: leaf, element: first, count: read.map_or(node.elements(), |r| r.count) };
+        let name = leaf_name(self.plan, leaf);
+        match self.slot(part) {
+            Some(slot) => Buffer {
+                value,
+                leaf: Some(slot.name.clone()),
+                within: Some((name, slot.offset * storage.bytes())),
+                offset: 0,
+                bytes: slot.elements() * storage.bytes(),
+                shape: slot.shape.clone(),
+                element,
+            },
+            None => Buffer {
+                value,
+                leaf: Some(name),
+                within: None,
+                offset: part.element * storage.bytes(),
+                bytes: part.count * storage.bytes(),
+                shape: if part.count == node.elements() { shape } else { vec![part.count] },
+                element,
+            },
         }
-        buffer
     }
 }
 

@@ -130,6 +130,9 @@ fn list(buffers: &[Buffer]) -> Vec<String> {
 fn place(buffer: &Buffer) -> String {
     let size = bytes(buffer.bytes as u64);
     match &buffer.leaf {
+        Some(name) if buffer.offset > 0 => {
+            format!("{name}+{}[{} {size}]", megabytes(buffer.offset as u64), buffer.element)
+        }
         Some(name) => format!("{name}[{} {size}]", buffer.element),
         None => format!("arena+{}[{} {size}]", megabytes(buffer.offset as u64), buffer.element),
     }
@@ -209,8 +212,9 @@ fn json_form(plan: &StepPlan, spec: &ModelSpec) -> Value {
 
 fn kernel_json(index: usize, kernel: &KernelInfo) -> Value {
     let buffer = |b: &Buffer| {
+        let within = b.within.as_ref().map(|(leaf, offset)| json!({ "leaf": leaf, "offset": offset }));
         json!({
-            "value": b.value, "leaf": b.leaf, "offset": b.offset, "bytes": b.bytes, "shape": b.shape, "dtype": b.element,
+            "value": b.value, "leaf": b.leaf, "within": within, "offset": b.offset, "bytes": b.bytes, "shape": b.shape, "dtype": b.element,
         })
     };
     let ops: Map<String, Value> = kernel.ops.iter().map(|(name, count)| (name.to_string(), (*count).into())).collect();
