@@ -7,6 +7,8 @@
 //! - input gradient: rows are input pixels, depth is (tap, output channel), columns are input channels. With a
 //!   stride, the pixels are taken in classes of equal remainder, each with just the taps that meet it;
 //! - weight gradient: rows are output channels, depth is output pixels, columns are (tap, input channel).
+//!
+//! 3x3 kernels with stride 1 take the algorithms of `winograd` where those are faster.
 
 use crate::blocked::{DenseRows, Problem, Rows, SLOT_CALLER, Strided, Target, multiply};
 use crate::convert::{rounded, through_f32};
@@ -17,6 +19,7 @@ use crate::microkernel::Source;
 use crate::moments::column_moments;
 use crate::patches::{Axis, PatchColumns, Patches};
 use crate::threads::{Scratch, SharedMut, ThreadPool};
+use crate::{winograd, winograd_weight_grad};
 
 /// Shared scratch: an operand in f32.
 const SLOT_INPUT: usize = 4;
@@ -158,6 +161,9 @@ pub fn conv2d_forward(
         let (has, needs) = (moments.len(), 2 * shape.out_c);
         assert!(has == needs, "conv2d: room for {has} moments, expected {needs}");
     }
+    if let Some(variant) = winograd::choose(shape) {
+        return winograd::forward(pool, variant, shape, input, weight, bias, output, accumulate, moments);
+    }
     let pixels = shape.batch * shape.out_h * shape.out_w;
     let depth = shape.taps() * shape.group_in();
     if shape.is_depthwise() || pixels * depth == 0 {
@@ -238,6 +244,9 @@ pub fn conv2d_input_grad(
     accumulate: bool,
 ) {
     shape.check(input_grad.len(), weight.len(), output_grad.len());
+    if let Some(variant) = winograd::choose(shape) {
+        return winograd::input_grad(pool, variant, shape, output_grad, weight, input_grad, accumulate);
+    }
     if shape.is_depthwise() {
         let half = output_grad.is_bf16() || weight.is_bf16();
         let gradient = rounded(pool, SLOT_INPUT, output_grad, half);
@@ -335,6 +344,9 @@ pub fn conv2d_weight_grad(
     accumulate: bool,
 ) {
     shape.check(input.len(), weight_grad.len(), output_grad.len());
+    if let Some(variant) = winograd::choose(shape) {
+        return winograd_weight_grad::weight_grad(pool, variant, shape, input, output_grad, weight_grad, accumulate);
+    }
     if shape.is_depthwise() {
         let half = input.is_bf16() || output_grad.is_bf16();
         let input = rounded(pool, SLOT_INPUT, input, half);

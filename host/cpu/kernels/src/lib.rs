@@ -16,6 +16,7 @@
 //! | `gemm` | batched, strided matrix multiplication |
 //! | `patches` | windows over images as operands |
 //! | `conv` | 2-D convolution, NHWC, as implicit matrix multiplication |
+//! | `winograd`, `winograd_*` | 3x3 convolution with fewer products |
 //! | `depthwise` | direct convolution for one channel per group |
 //! | `pool2d` | max and average pooling |
 //! | `gather` | row gather, scatter-add, scatter-assign |
@@ -44,6 +45,13 @@ mod patches;
 pub mod peak;
 pub mod pool2d;
 pub mod threads;
+mod winograd;
+mod winograd_product;
+#[cfg(test)]
+mod winograd_tests;
+mod winograd_transform;
+mod winograd_vector;
+mod winograd_weight_grad;
 
 pub use conv::{ConvShape, conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
 pub use copy::copy_strided;

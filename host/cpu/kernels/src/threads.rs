@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
+use memmap2::MmapMut;
+
 use crate::elements::bf16;
 use crate::isa::Isa;
 
@@ -344,10 +346,18 @@ impl DerefMut for Scratch<'_> {
     }
 }
 
+/// Buffers from this many bytes on are mapped, and take whole huge pages where the system has them: packed operands
+/// that are read from many places miss the address cache less.
+const MAPPED: usize = 256 << 10;
+/// Bytes of a huge page.
+const HUGE: usize = 2 << 20;
+
 /// Floats at a cache line's start, all initialised.
 struct AlignedBuffer {
     start: NonNull<f32>,
     capacity: usize,
+    /// The memory's owner, if it was mapped.
+    mapping: Option<MmapMut>,
 }
 
 // SAFETY: the buffer owns its memory.
@@ -355,7 +365,7 @@ unsafe impl Send for AlignedBuffer {}
 
 impl Default for AlignedBuffer {
     fn default() -> Self {
-        AlignedBuffer { start: NonNull::dangling(), capacity: 0 }
+        AlignedBuffer { start: NonNull::dangling(), capacity: 0, mapping: None }
     }
 }
 
@@ -368,21 +378,42 @@ impl AlignedBuffer {
         if len <= self.capacity {
             return;
         }
+        self.release();
+        if self.map(len) {
+            return;
+        }
         let capacity = len.next_multiple_of(1024);
         let Some(layout) = Self::layout(capacity) else { handle_alloc_error(Layout::new::<f32>()) };
-        self.release();
         // SAFETY: the layout is not empty, because `len` is above zero here.
         let start = unsafe { alloc_zeroed(layout) };
         let Some(start) = NonNull::new(start.cast::<f32>()) else { handle_alloc_error(layout) };
         (self.start, self.capacity) = (start, capacity);
     }
 
+    /// Maps room for `len` floats from the start of a huge page on, if that is worth it and the system grants it.
+    fn map(&mut self, len: usize) -> bool {
+        let Some(bytes) = len.checked_mul(size_of::<f32>()).filter(|&bytes| bytes >= MAPPED) else { return false };
+        let Some(bytes) = bytes.checked_next_multiple_of(HUGE) else { return false };
+        let Some(room) = bytes.checked_add(HUGE) else { return false };
+        let Ok(mut mapping) = MmapMut::map_anon(room) else { return false };
+        #[cfg(target_os = "linux")]
+        // Refused where there are no huge pages: then small ones do.
+        let _ = mapping.advise(memmap2::Advice::HugePage);
+        let skip = mapping.as_ptr().align_offset(HUGE);
+        let Some(page) = mapping.get_mut(skip..skip.saturating_add(bytes)) else { return false };
+        let Some(start) = NonNull::new(page.as_mut_ptr().cast::<f32>()) else { return false };
+        *self = AlignedBuffer { start, capacity: bytes / size_of::<f32>(), mapping: Some(mapping) };
+        true
+    }
+
     fn release(&mut self) {
-        if let (1.., Some(layout)) = (self.capacity, Self::layout(self.capacity)) {
+        if self.mapping.take().is_none()
+            && let (1.., Some(layout)) = (self.capacity, Self::layout(self.capacity))
+        {
             // SAFETY: allocated by `grow` with this very layout.
             unsafe { dealloc(self.start.as_ptr().cast(), layout) };
-            (self.start, self.capacity) = (NonNull::dangling(), 0);
         }
+        (self.start, self.capacity) = (NonNull::dangling(), 0);
     }
 }
 

@@ -87,9 +87,31 @@ unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
             a = a.add(MR);
             b = b.add(NR);
         }
+        if tile.narrow.is_none() && tile.moments.is_none() {
+            for row in 0..ROWS {
+                for v in 0..VECTORS {
+                    let mask = lanes::<VECTORS>(tile, v);
+                    let value = total(tile, row, v, mask, acc[row][v]);
+                    let c = tile.c.add(*tile.c_rows.add(row) + 16 * v);
+                    if mask == 0xffff {
+                        _mm512_storeu_ps(c, value);
+                    } else {
+                        _mm512_mask_storeu_ps(c, mask, value);
+                    }
+                }
+            }
+            return;
+        }
+        // The rest is called with the products in memory: inlined, it would keep the accumulators there.
+        let mut products = Products([[_mm512_setzero_ps(); 2]; MR]);
+        for row in 0..ROWS {
+            for v in 0..VECTORS {
+                products.0[row][v] = acc[row][v];
+            }
+        }
         match tile.narrow {
-            None => store::<ROWS, VECTORS>(tile, &acc),
-            Some(_) => store_rounded::<ROWS, VECTORS>(tile, &acc),
+            None => store_summed(tile, &products),
+            Some(_) => store_rounded(tile, &products),
         }
     }
 }
@@ -118,9 +140,31 @@ unsafe fn multiply_tile_pairs<const ROWS: usize, const VECTORS: usize>(tile: &Ti
             a = a.add(MR);
             b = b.add(NR);
         }
+        if tile.narrow.is_none() && tile.moments.is_none() {
+            for row in 0..ROWS {
+                for v in 0..VECTORS {
+                    let mask = lanes::<VECTORS>(tile, v);
+                    let value = total(tile, row, v, mask, acc[row][v]);
+                    let c = tile.c.add(*tile.c_rows.add(row) + 16 * v);
+                    if mask == 0xffff {
+                        _mm512_storeu_ps(c, value);
+                    } else {
+                        _mm512_mask_storeu_ps(c, mask, value);
+                    }
+                }
+            }
+            return;
+        }
+        // The rest is called with the products in memory: inlined, it would keep the accumulators there.
+        let mut products = Products([[_mm512_setzero_ps(); 2]; MR]);
+        for row in 0..ROWS {
+            for v in 0..VECTORS {
+                products.0[row][v] = acc[row][v];
+            }
+        }
         match tile.narrow {
-            None => store::<ROWS, VECTORS>(tile, &acc),
-            Some(_) => store_pairs::<ROWS, VECTORS>(tile, &acc),
+            None => store_summed(tile, &products),
+            Some(_) => store_pairs(tile, &products),
         }
     }
 }
@@ -160,6 +204,9 @@ unsafe fn prefetch_tile<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
         }
     }
 }
+
+/// The products of a tile, in memory.
+struct Products([[__m512; 2]; MR]);
 
 /// The lanes of vector `v` of `VECTORS` that are in the tile.
 #[inline(always)]
@@ -242,40 +289,25 @@ impl Sums {
     }
 }
 
-/// Stores a tile of f32.
+/// Stores a tile of f32 and sums it.
 ///
 /// # Safety
 /// See [`MicroKernels::multiply`].
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f")]
-#[allow(clippy::needless_range_loop)]
-unsafe fn store<const ROWS: usize, const VECTORS: usize>(tile: &Tile, acc: &[[__m512; VECTORS]; ROWS]) {
-    // SAFETY: columns past `cols` are masked; the rest is the caller's promise.
-    unsafe {
-        if let Some(moments) = &tile.moments {
-            for v in 0..VECTORS {
-                let mask = lanes::<VECTORS>(tile, v);
-                let mut sums = Sums::begin(moments, v, mask, total(tile, 0, v, mask, acc[0][v]));
-                for row in 0..ROWS {
-                    let value = total(tile, row, v, mask, acc[row][v]);
-                    _mm512_mask_storeu_ps(tile.c.add(*tile.c_rows.add(row) + 16 * v), mask, value);
-                    sums.add(value);
-                }
-                sums.end(moments, v, mask);
+unsafe fn store_summed(tile: &Tile, products: &Products) {
+    let Some(moments) = &tile.moments else { return };
+    for v in 0..tile.cols.div_ceil(16) {
+        let mask = mask16(tile.cols - 16 * v);
+        // SAFETY: columns past `cols` are masked; the rest is the caller's promise.
+        unsafe {
+            let mut sums = Sums::begin(moments, v, mask, total(tile, 0, v, mask, products.0[0][v]));
+            for (row, products) in products.0.iter().enumerate().take(tile.rows) {
+                let value = total(tile, row, v, mask, products[v]);
+                _mm512_mask_storeu_ps(tile.c.add(*tile.c_rows.add(row) + 16 * v), mask, value);
+                sums.add(value);
             }
-            return;
-        }
-        for row in 0..ROWS {
-            let c = tile.c.add(*tile.c_rows.add(row));
-            for v in 0..VECTORS {
-                let mask = lanes::<VECTORS>(tile, v);
-                let value = total(tile, row, v, mask, acc[row][v]);
-                if mask == 0xffff {
-                    _mm512_storeu_ps(c.add(16 * v), value);
-                } else {
-                    _mm512_mask_storeu_ps(c.add(16 * v), mask, value);
-                }
-            }
+            sums.end(moments, v, mask);
         }
     }
 }
@@ -284,19 +316,18 @@ unsafe fn store<const ROWS: usize, const VECTORS: usize>(tile: &Tile, acc: &[[__
 ///
 /// # Safety
 /// See [`MicroKernels::multiply`]; the tile has a place for rounded results.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-#[allow(clippy::needless_range_loop)]
-unsafe fn store_pairs<const ROWS: usize, const VECTORS: usize>(tile: &Tile, acc: &[[__m512; VECTORS]; ROWS]) {
+unsafe fn store_pairs(tile: &Tile, products: &Products) {
     let Some(narrow) = tile.narrow else { return };
-    for v in 0..VECTORS {
-        let mask = lanes::<VECTORS>(tile, v);
+    for v in 0..tile.cols.div_ceil(16) {
+        let mask = mask16(tile.cols - 16 * v);
         let mut sums = None;
-        for row in 0..ROWS {
+        for (row, products) in products.0.iter().enumerate().take(tile.rows) {
             // SAFETY: columns past `cols` are masked; the rest is the caller's promise.
             unsafe {
                 let out = narrow.out.add(*narrow.rows.add(row) + 16 * v).cast::<i16>();
-                let mut value = total(tile, row, v, mask, acc[row][v]);
+                let mut value = total(tile, row, v, mask, products[v]);
                 if narrow.accumulate {
                     value = _mm512_add_ps(value, widen(_mm256_maskz_loadu_epi16(mask, out)));
                 }
@@ -319,19 +350,18 @@ unsafe fn store_pairs<const ROWS: usize, const VECTORS: usize>(tile: &Tile, acc:
 ///
 /// # Safety
 /// See [`MicroKernels::multiply`]; the tile has a place for rounded results.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-#[allow(clippy::needless_range_loop)]
-unsafe fn store_rounded<const ROWS: usize, const VECTORS: usize>(tile: &Tile, acc: &[[__m512; VECTORS]; ROWS]) {
+unsafe fn store_rounded(tile: &Tile, products: &Products) {
     let Some(narrow) = tile.narrow else { return };
-    for v in 0..VECTORS {
-        let mask = lanes::<VECTORS>(tile, v);
+    for v in 0..tile.cols.div_ceil(16) {
+        let mask = mask16(tile.cols - 16 * v);
         let mut sums = None;
-        for row in 0..ROWS {
+        for (row, products) in products.0.iter().enumerate().take(tile.rows) {
             // SAFETY: columns past `cols` are masked; the rest is the caller's promise.
             unsafe {
                 let out = narrow.out.add(*narrow.rows.add(row) + 16 * v).cast::<i16>();
-                let mut value = total(tile, row, v, mask, acc[row][v]);
+                let mut value = total(tile, row, v, mask, products[v]);
                 if narrow.accumulate {
                     value = _mm512_add_ps(value, widen(_mm256_maskz_loadu_epi16(mask, out)));
                 }
