@@ -449,7 +449,7 @@ unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, see
                     }
                     Op::ScatterAdd => {
                         let (rows, out) = (inputs[1].single(op, memory)?, single(op, out)?);
-                        out.fill(0.0);
+                        kernels::fill(pool, out, 0.0);
                         let width = shape[1..].iter().product();
                         kernels::scatter_add_rows(pool, rows, width, ids(0), out)?;
                     }

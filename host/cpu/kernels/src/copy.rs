@@ -4,7 +4,8 @@ use std::any::TypeId;
 
 use crate::convert::convert;
 use crate::elements::{Element, Elements, ElementsMut};
-use crate::microkernel::micro_kernels;
+use crate::isa::per_isa;
+use crate::microkernel::{Source, micro_kernels};
 use crate::threads::{SharedMut, ThreadPool};
 
 /// Dimensions of an array at most.
@@ -12,6 +13,8 @@ pub const MAX_DIMS: usize = 6;
 
 /// Elements per task, about: 64 KiB.
 const TASK: usize = 16 * 1024;
+/// Elements that one task fills: 1 MiB.
+const FILLED: usize = 256 * 1024;
 /// Sides of a transposed block. Along the long one the 16 lines that lie far apart are walked in runs that the
 /// processor's prefetcher follows; the short one keeps the block in L2, where the other side is revisited.
 const LONG: usize = 256;
@@ -42,7 +45,7 @@ pub fn copy_strided(pool: &ThreadPool, shape: &[usize], strides: &[usize], input
     }
 }
 
-fn copy<S: Element, D: Element>(pool: &ThreadPool, shape: &[usize], strides: &[usize], input: &[S], out: &mut [D]) {
+fn copy<S: Source, D: Element>(pool: &ThreadPool, shape: &[usize], strides: &[usize], input: &[S], out: &mut [D]) {
     assert!(
         shape.len() <= MAX_DIMS && shape.len() == strides.len(),
         "copy: {} dimensions and {} strides, at most {MAX_DIMS}",
@@ -133,7 +136,7 @@ fn copy_runs<S: Element, D: Element>(pool: &ThreadPool, dims: &[Dim], input: &[S
 }
 
 /// Transposes blocks: `lines` is contiguous in the source, `inner` in the destination.
-fn transpose<S: Element, D: Element>(
+fn transpose<S: Source, D: Element>(
     pool: &ThreadPool,
     outer: &[Dim],
     lines: Dim,
@@ -142,7 +145,7 @@ fn transpose<S: Element, D: Element>(
     out: SharedMut<'_, D>,
 ) {
     let kernels = micro_kernels(pool.isa(), false);
-    let floats = TypeId::of::<S>() == TypeId::of::<f32>() && TypeId::of::<D>() == TypeId::of::<f32>();
+    let to_f32 = TypeId::of::<D>() == TypeId::of::<f32>();
     let far_source = inner.src > lines.dst;
     let (line_block, inner_block) = if far_source { (LONG, SHORT) } else { (SHORT, LONG) };
     // A far destination takes 16 lines at a time, a far source all lines of the block.
@@ -162,14 +165,20 @@ fn transpose<S: Element, D: Element>(
                 for at in (first..last).step_by(16) {
                     let (src, dst) = (src + at * inner.src + line, dst + line * lines.dst + at);
                     let width = (last - at).min(16);
-                    if width == 16 && floats {
-                        let pointers: [*const f32; 16] =
-                            std::array::from_fn(|at| input[src + at * inner.src..][..count].as_ptr().cast());
-                        // SAFETY: each of the 16 pointers is to `count` floats; a row of the destination takes
-                        // exactly these 16, which belong to this task.
-                        unsafe {
-                            (kernels.from_f32.transpose)(&pointers, count, out.as_ptr().add(dst).cast(), lines.dst)
-                        };
+                    if width == 16 {
+                        let pointers: [*const S; 16] =
+                            std::array::from_fn(|at| input[src + at * inner.src..][..count].as_ptr());
+                        let transpose = S::packers(kernels).transpose;
+                        if to_f32 {
+                            // SAFETY: each of the 16 pointers is to `count` elements; a row of the destination takes
+                            // exactly these 16, which belong to this task.
+                            unsafe { transpose(&pointers, count, out.as_ptr().add(dst).cast(), lines.dst) };
+                        } else {
+                            let mut block = [0f32; 16 * LONG];
+                            // SAFETY: as above; the block has room for `LONG` rows.
+                            unsafe { transpose(&pointers, count, block.as_mut_ptr(), 16) };
+                            narrow_rows(pool.isa(), &block[..16 * count], out, dst, lines.dst);
+                        }
                     } else {
                         for at in 0..width {
                             let values = &input[src + at * inner.src..][..count];
@@ -184,6 +193,29 @@ fn transpose<S: Element, D: Element>(
                 }
             }
         }
+    });
+}
+
+per_isa! {
+/// Converts rows of 16 values, and puts each `stride` further from `start` on; they belong to the caller's task.
+fn narrow_rows<D: Element>(rows: &[f32], out: SharedMut<'_, D>, start: usize, stride: usize) {
+    for (row, values) in rows.chunks_exact(16).enumerate() {
+        // SAFETY: no other task has these elements.
+        let out = unsafe { out.slice(start + row * stride, 16) };
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = D::narrow(*value);
+        }
+    }
+}
+}
+
+/// `out = value`, by all threads.
+pub fn fill(pool: &ThreadPool, out: &mut [f32], value: f32) {
+    let (len, out) = (out.len(), SharedMut::new(out));
+    pool.run(len.div_ceil(FILLED), &|task, _| {
+        let start = task * FILLED;
+        // SAFETY: each task has its own elements.
+        unsafe { out.slice(start, FILLED.min(len - start)) }.fill(value);
     });
 }
 

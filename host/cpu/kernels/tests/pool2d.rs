@@ -3,10 +3,10 @@
 mod common;
 
 use clip_host_cpu_kernels::{
-    Elements, ElementsMut, Pool2dShape, avg_pool2d_backward, avg_pool2d_forward, max_pool2d_backward,
+    Elements, ElementsMut, Pool2dShape, ThreadPool, avg_pool2d_backward, avg_pool2d_forward, max_pool2d_backward,
     max_pool2d_forward,
 };
-use common::{Random, assert_close, on_every_pool};
+use common::{Kind, Random, Tensor, assert_close, on_every_pool};
 
 /// Offsets of the inputs of each window, and the divisor when padding counts.
 fn windows(s: &Pool2dShape) -> Vec<(Vec<usize>, f64)> {
@@ -114,6 +114,40 @@ fn average_pool() {
                 out
             }) {
                 assert_close(&format!("average pool grad {isa:?} {s:?}"), &got, &expected.1, 1.0);
+            }
+        }
+    }
+}
+
+#[test]
+fn pools_of_bf16() {
+    let mut random = Random::new(3);
+    for s in shapes(&mut random).into_iter().take(20) {
+        let (input, incoming) = (random.values(s.input_len()), random.values(s.output_len()));
+        for (x_kind, g_kind, out_kind) in [
+            (Kind::Bf16, Kind::Bf16, Kind::Bf16),
+            (Kind::F32, Kind::Bf16, Kind::F32),
+            (Kind::Bf16, Kind::F32, Kind::Bf16),
+        ] {
+            let (x, g) = (Tensor::new(x_kind, &input), Tensor::new(g_kind, &incoming));
+            let (stored_x, stored_g) = (x_kind.all(&input), g_kind.all(&incoming));
+            let single = ThreadPool::new(1);
+            let run = |pool: &ThreadPool, x: &Tensor, g: &Tensor, kind: Kind| {
+                let all = |len: usize| Tensor::new(kind, &vec![7.0; len]);
+                let (mut maxima, mut averages) = (all(s.output_len()), all(s.output_len()));
+                let (mut max_grad, mut average_grad) = (all(s.input_len()), all(s.input_len()));
+                max_pool2d_forward(pool, &s, x.get(), maxima.get_mut());
+                avg_pool2d_forward(pool, &s, x.get(), averages.get_mut(), true);
+                max_pool2d_backward(pool, &s, x.get(), g.get(), max_grad.get_mut());
+                avg_pool2d_backward(pool, &s, g.get(), average_grad.get_mut(), true);
+                [maxima.values(), averages.values(), max_grad.values(), average_grad.values()].concat()
+            };
+            // In f32 the kernels are checked above: here the same values, rounded once at the end.
+            let (wide_x, wide_g) = (Tensor::new(Kind::F32, &stored_x), Tensor::new(Kind::F32, &stored_g));
+            let expected: Vec<f64> =
+                out_kind.all(&run(&single, &wide_x, &wide_g, Kind::F32)).iter().map(|&value| value as f64).collect();
+            for (isa, got) in on_every_pool(|pool| run(pool, &x, &g, out_kind)) {
+                assert_close(&format!("{isa:?} {x_kind:?} {g_kind:?} {out_kind:?} {s:?}"), &got, &expected, 0.0);
             }
         }
     }
