@@ -10,6 +10,24 @@
 //! kernels and the output pass through memory.
 //!
 //! Operands and results may be bf16; the arithmetic between is in f32.
+//!
+//! Times of the direct convolution over these in f32, one thread with AVX-512, forward / input gradient / weight
+//! gradient; [`choose`] takes the better one. With bf16 operands and results F(4x4) gains 2.2 to 4.1, and 1.5 to 2.2 at
+//! 24 channels, which fill no vector.
+//!
+//! | images, size, channels | F(2x2, 3x3) | F(4x4, 3x3) |
+//! |---|---|---|
+//! | 16, 56x56, 64 | 2.5 / 2.5 / 2.7 | 3.6 / 3.4 / 4.0 |
+//! | 16, 28x28, 128 | 2.3 / 2.3 / 2.6 | 3.1 / 3.2 / 3.6 |
+//! | 16, 14x14, 256 | 2.1 / 1.9 / 2.3 | 2.3 / 2.3 / 3.0 |
+//! | 16, 7x7, 512 | 1.6 / 1.4 / 1.8 | 1.9 / 1.8 / 1.9 |
+//! | 64, 16x16, 24 | 2.3 / 2.4 / 2.0 | 3.3 / 3.4 / 2.6 |
+//! | 64, 8x8, 48 | 2.3 / 2.3 / 3.0 | 3.2 / 3.3 / 4.6 |
+//! | 64, 4x4, 96 | 2.3 / 2.1 / 2.5 | 3.0 / 2.8 / 3.2 |
+//! | 64, 2x2, 192 | 2.1 / 1.7 / 1.8 | 0.8 / 0.8 / 0.9 |
+//!
+//! Largest errors of the first three, as shares of the largest value, with operands spread evenly around zero: forward
+//! and input gradient 8e-7 with F(2x2), 4e-6 with F(4x4), 7e-7 direct; weight gradient 6e-7, 1.2e-6, 4e-7.
 
 use std::marker::PhantomData;
 

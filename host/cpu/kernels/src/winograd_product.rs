@@ -21,7 +21,7 @@ pub(crate) enum Left {
 
 /// `C[rows, cols] (+)= A[rows, depth] B[depth, cols]` for a panel of each operand.
 ///
-/// Each element of C is summed in ascending order of the depth, whatever tile it is in.
+/// Each element of C is summed in ascending order of the depth, whatever tile it is in, and then added to the old one.
 ///
 /// To run it, A must be readable for `rows` by `depth`, B for `depth` rows of 32 floats, and C writable for `rows`
 /// rows of `cols` floats rounded up to 16, `c_row` apart, with no more rows than a register tile has.
@@ -87,13 +87,6 @@ impl Product {
         unsafe {
             let c = self.c.add(col);
             let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
-            if self.accumulate {
-                for row in 0..ROWS {
-                    for v in 0..VECTORS {
-                        sums[row][v] = V::load(c.add(row * self.c_row + v * V::LANES));
-                    }
-                }
-            }
             let (mut a, mut b) = (self.a, self.b.add(col));
             let mut left = self.depth;
             while left > 0 {
@@ -117,7 +110,10 @@ impl Product {
             }
             for row in 0..ROWS {
                 for v in 0..VECTORS {
-                    sums[row][v].store(c.add(row * self.c_row + v * V::LANES));
+                    let to = c.add(row * self.c_row + v * V::LANES);
+                    // Added at the end: a sum of short sums loses less than one long sum.
+                    let sum = if self.accumulate { V::load(to) + sums[row][v] } else { sums[row][v] };
+                    sum.store(to);
                 }
             }
         }
