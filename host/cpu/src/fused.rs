@@ -1,12 +1,14 @@
 //! Fused kernels on the CPU: the instruction list is run tile by tile, so that intermediate values stay in the first
 //! cache. What a task computes, and the order of every sum, depends on shapes only, never on the number of threads.
 
+use crate::loops::{Loops, loops};
 use crate::memory::{Address, Memory};
 use crate::tape::{self, Arg};
 use clip_host_compiler::kernel::{Element, Fused, Instr, Output, Pattern, Rank, Store};
 use clip_host_compiler::lower::operands;
 use clip_host_cpu_kernels::{Isa, ThreadPool, bf16};
 use clip_host_plugin_api::ir::NodeId;
+use std::mem::MaybeUninit;
 
 /// Elements of a tile; fewer when many values live at once.
 const TILE: usize = 1024;
@@ -96,6 +98,8 @@ pub struct Program {
     loads: Vec<Load>,
     outs: Vec<Out>,
     scratch: usize,
+    /// The pool's instruction set's.
+    loops: &'static Loops,
     partials: Vec<f32>,
     /// Index factors by dimension, for iota.
     dims: Vec<usize>,
@@ -143,6 +147,7 @@ impl Program {
             loads: vec![],
             outs: vec![],
             scratch: 0,
+            loops: loops(Isa::Portable),
             partials: vec![],
             dims: kernel.dims.clone(),
             inner: kernel.inner,
@@ -294,24 +299,14 @@ impl Program {
     /// # Safety
     /// `memory` must be that of the plan that the addresses come from.
     pub unsafe fn run(&mut self, pool: &ThreadPool, memory: Memory, seed: u64) {
+        self.loops = loops(pool.isa());
         let partials = clip_host_cpu_kernels::SharedMut::new(&mut self.partials);
         let partials = Partials(partials.as_ptr());
         let this = &*self;
-        let isa = pool.isa();
         pool.run(this.tasks, &|task, worker| {
             let mut scratch = pool.scratch(worker, this.scratch.max(16));
-            let scratch = scratch.as_mut_ptr();
-            // SAFETY: tasks write disjoint rows (or columns) and their own partial sums; the instruction set was
-            // detected.
-            unsafe {
-                match isa {
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512 | Isa::Avx512Bf16 => task_avx512(this, task, memory, scratch, partials.get(), seed),
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx2 => task_avx2(this, task, memory, scratch, partials.get(), seed),
-                    _ => this.task(task, memory, scratch, partials.get(), seed),
-                }
-            }
+            // SAFETY: tasks write disjoint rows (or columns) and their own partial sums.
+            unsafe { this.task(task, memory, scratch.as_mut_ptr(), partials.get(), seed) };
         });
         // SAFETY: all tasks are done.
         unsafe { self.combine(memory) };
@@ -348,7 +343,7 @@ impl Program {
                             let from = partials.as_ptr().add(s * self.chunks_per_segment * n);
                             std::ptr::copy_nonoverlapping(from, into, n);
                             for chunk in 1..self.chunks_per_segment {
-                                tape::accumulate(is_max, Arg::Vector(from.add(chunk * n)), into, n);
+                                (self.loops.accumulate)(is_max, Arg::Vector(from.add(chunk * n)), into, n);
                             }
                         }
                     }
@@ -361,13 +356,15 @@ impl Program {
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    #[inline(always)]
     unsafe fn task(&self, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
-        let mut regs = [Arg::Value(0.0); MAX_CODE];
-        // SAFETY: see the callees; all offsets come from the plan.
+        let mut regs = [const { MaybeUninit::<Arg>::uninit() }; MAX_CODE];
+        let regs = &mut regs[..self.steps.len()];
+        regs.iter_mut().for_each(|reg| _ = reg.write(Arg::Value(0.0)));
+        // SAFETY: all of these were written just now. For the rest see the callees; all offsets come from the plan.
         unsafe {
+            let regs = std::slice::from_raw_parts_mut(regs.as_mut_ptr().cast::<Arg>(), regs.len());
             let (row0, row1, col0, col1) = self.range(task);
-            self.begin(task, memory, scratch, partials, &mut regs);
+            self.begin(task, memory, scratch, partials, regs);
             let mut row = row0;
             while row < row1 {
                 let rows = self.tile_rows.min(row1 - row);
@@ -375,7 +372,7 @@ impl Program {
                 while col < col1 {
                     let cols = self.tile_cols.min(col1 - col);
                     let tile = Tile { row, rows, col, cols };
-                    self.tile(task, tile, memory, scratch, partials, seed, &mut regs);
+                    self.tile(task, tile, memory, scratch, partials, seed, regs);
                     col += cols;
                 }
                 row += rows;
@@ -405,15 +402,7 @@ impl Program {
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    #[inline(always)]
-    unsafe fn begin(
-        &self,
-        task: usize,
-        memory: Memory,
-        scratch: *mut f32,
-        partials: *mut f32,
-        regs: &mut [Arg; MAX_CODE],
-    ) {
+    unsafe fn begin(&self, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, regs: &mut [Arg]) {
         // SAFETY: addresses and slots come from the plan; the partial sums of a task are its own.
         unsafe {
             for (at, step) in self.steps.iter().enumerate() {
@@ -436,10 +425,10 @@ impl Program {
                             let load = &self.loads[*load];
                             value = read(memory, load.address, load.element, 0);
                         }
-                        Instr::Unary(op, a) => tape::unary(*op, regs[*a], out, 1),
-                        Instr::Binary(op, a, b) => tape::binary(*op, regs[*a], regs[*b], out, 1),
-                        Instr::Compare(op, a, b) => tape::compare(*op, regs[*a], regs[*b], out, 1),
-                        Instr::Select(c, a, b) => tape::select(regs[*c], regs[*a], regs[*b], out, 1),
+                        Instr::Unary(op, a) => (self.loops.unary)(*op, regs[*a], out, 1),
+                        Instr::Binary(op, a, b) => (self.loops.binary)(*op, regs[*a], regs[*b], out, 1),
+                        Instr::Compare(op, a, b) => (self.loops.compare)(*op, regs[*a], regs[*b], out, 1),
+                        Instr::Select(c, a, b) => (self.loops.select)(regs[*c], regs[*a], regs[*b], out, 1),
                         _ => {}
                     }
                     regs[at] = Arg::Value(value);
@@ -468,7 +457,6 @@ impl Program {
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    #[inline(always)]
     #[allow(clippy::too_many_arguments)]
     unsafe fn tile(
         &self,
@@ -478,7 +466,7 @@ impl Program {
         scratch: *mut f32,
         partials: *mut f32,
         seed: u64,
-        regs: &mut [Arg; MAX_CODE],
+        regs: &mut [Arg],
     ) {
         let Tile { row, rows, col, cols } = tile;
         let flat = row * self.cols + col;
@@ -513,38 +501,43 @@ impl Program {
                             }
                             Source::Widened => {
                                 let start = if step.rank == Rank::Full { flat } else { row };
-                                tape::widen(memory.at::<bf16>(load.address).add(start), out, n);
+                                (self.loops.widen)(memory.at::<bf16>(load.address).add(start), out, n);
                             }
                             Source::Gathered => self.gather(load, step.rank, tile, memory, out),
                         }
                     }
                     Instr::Index(factors) => self.index(factors, step.rank, tile, out),
-                    Instr::Random(stream) => {
-                        tape::uniform(seed, *stream, if step.rank == Rank::Full { flat } else { row } as u64, out, n)
-                    }
+                    Instr::Random(stream) => (self.loops.uniform)(
+                        seed,
+                        *stream,
+                        if step.rank == Rank::Full { flat } else { row } as u64,
+                        out,
+                        n,
+                    ),
                     Instr::RowSum(a) | Instr::RowMax(a) => {
                         let is_max = matches!(step.instr, Instr::RowMax(_));
                         if let Arg::Vector(a) = regs[*a] {
                             for r in 0..rows {
                                 let from = a.add(r * cols);
-                                *out.add(r) = if is_max { tape::max(from, cols) } else { tape::sum(from, cols) };
+                                *out.add(r) =
+                                    if is_max { (self.loops.max)(from, cols) } else { (self.loops.sum)(from, cols) };
                             }
                         }
                     }
                     Instr::Expand(a) => self.rowwise(&[*a], step.rank, tile, regs, |args, at, n| {
-                        tape::unary_identity(args[0], out.add(at), n);
+                        (self.loops.unary_identity)(args[0], out.add(at), n);
                     }),
                     Instr::Unary(op, a) => self.rowwise(&[*a], step.rank, tile, regs, |args, at, n| {
-                        tape::unary(*op, args[0], out.add(at), n);
+                        (self.loops.unary)(*op, args[0], out.add(at), n);
                     }),
                     Instr::Binary(op, a, b) => self.rowwise(&[*a, *b], step.rank, tile, regs, |args, at, n| {
-                        tape::binary(*op, args[0], args[1], out.add(at), n);
+                        (self.loops.binary)(*op, args[0], args[1], out.add(at), n);
                     }),
                     Instr::Compare(op, a, b) => self.rowwise(&[*a, *b], step.rank, tile, regs, |args, at, n| {
-                        tape::compare(*op, args[0], args[1], out.add(at), n);
+                        (self.loops.compare)(*op, args[0], args[1], out.add(at), n);
                     }),
                     Instr::Select(c, a, b) => self.rowwise(&[*c, *a, *b], step.rank, tile, regs, |args, at, n| {
-                        tape::select(args[0], args[1], args[2], out.add(at), n);
+                        (self.loops.select)(args[0], args[1], args[2], out.add(at), n);
                     }),
                     Instr::Const(_) => continue,
                 }
@@ -558,13 +551,12 @@ impl Program {
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    #[inline(always)]
     unsafe fn rowwise<const N: usize>(
         &self,
         sources: &[usize; N],
         rank: Rank,
         tile: Tile,
-        regs: &[Arg; MAX_CODE],
+        regs: &[Arg],
         f: impl Fn([Arg; N], usize, usize),
     ) {
         let ranks = sources.map(|s| self.steps[s].rank);
@@ -593,7 +585,6 @@ impl Program {
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    #[inline(always)]
     unsafe fn gather(&self, load: &Load, rank: Rank, tile: Tile, memory: Memory, out: *mut f32) {
         // SAFETY: the plan's strides stay inside the operand.
         unsafe {
@@ -611,7 +602,7 @@ impl Program {
                         std::ptr::copy_nonoverlapping(from, to, tile.cols);
                     }
                     Cols::Unit if load.element == Element::Bf16 => {
-                        tape::widen(memory.at::<bf16>(load.address).add(start + tile.col), to, tile.cols);
+                        (self.loops.widen)(memory.at::<bf16>(load.address).add(start + tile.col), to, tile.cols);
                     }
                     Cols::Unit => (0..tile.cols).for_each(|c| *to.add(c) = read(start + tile.col + c)),
                     Cols::Stride(s) => (0..tile.cols).for_each(|c| *to.add(c) = read(start + (tile.col + c) * s)),
@@ -625,7 +616,6 @@ impl Program {
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    #[inline(always)]
     unsafe fn index(&self, factors: &[usize], rank: Rank, tile: Tile, out: *mut f32) {
         let outer = self.dims.len() - self.inner;
         let at = |mut flat: usize, dims: &[usize], factors: &[usize]| {
@@ -655,8 +645,7 @@ impl Program {
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    #[inline(always)]
-    unsafe fn store(&self, task: usize, tile: Tile, memory: Memory, partials: *mut f32, regs: &[Arg; MAX_CODE]) {
+    unsafe fn store(&self, task: usize, tile: Tile, memory: Memory, partials: *mut f32, regs: &[Arg]) {
         let Tile { row, rows, col, cols } = tile;
         // SAFETY: as in `tile`.
         unsafe {
@@ -675,30 +664,32 @@ impl Program {
                         let start = if rank == Rank::Full { row * self.cols + col } else { row };
                         match out.element {
                             Element::F32 if out.streamed => {
-                                tape::stream(value, memory.at::<f32>(out.address).add(start), n, |v| v);
+                                (self.loops.stream_single)(value, memory.at::<f32>(out.address).add(start), n);
                             }
                             Element::Bf16 if out.streamed => {
-                                tape::stream(value, memory.at::<bf16>(out.address).add(start), n, tape::narrowed);
+                                (self.loops.stream_half)(value, memory.at::<bf16>(out.address).add(start), n);
                             }
-                            Element::F32 => tape::unary_identity(value, memory.at::<f32>(out.address).add(start), n),
-                            Element::I32 => tape::to_integers(value, memory.at::<i32>(out.address).add(start), n),
-                            Element::Bf16 => tape::narrow(value, memory.at::<bf16>(out.address).add(start), n),
+                            Element::F32 => {
+                                (self.loops.unary_identity)(value, memory.at::<f32>(out.address).add(start), n)
+                            }
+                            Element::I32 => {
+                                (self.loops.to_integers)(value, memory.at::<i32>(out.address).add(start), n)
+                            }
+                            Element::Bf16 => (self.loops.narrow)(value, memory.at::<bf16>(out.address).add(start), n),
                         }
                     }
                     Store::SumAll | Store::MaxAll => {
                         let total = partials.add(out.partial + task);
                         if let Arg::Vector(v) = value {
                             let is_max = out.store == Store::MaxAll;
-                            let part = if is_max { tape::max(v, n) } else { tape::sum(v, n) };
-                            tape::accumulate(is_max, Arg::Value(part), total, 1);
+                            let part = if is_max { (self.loops.max)(v, n) } else { (self.loops.sum)(v, n) };
+                            (self.loops.accumulate)(is_max, Arg::Value(part), total, 1);
                         }
                     }
                     Store::SumRows { .. } | Store::MaxRows { .. } => {
                         let is_max = matches!(out.store, Store::MaxRows { .. });
                         let sums = partials.add(out.partial + task * self.cols + col);
-                        for r in 0..rows {
-                            tape::accumulate(is_max, value.at(r * cols), sums, cols);
-                        }
+                        (self.loops.accumulate_rows)(is_max, value, rows, sums, cols);
                     }
                 }
             }
@@ -766,22 +757,4 @@ fn row_offset(rows: &Rows, row: usize) -> usize {
             offset
         }
     }
-}
-
-/// # Safety
-/// As [`Program::task`], on a processor that has these instructions.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
-unsafe fn task_avx512(p: &Program, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
-    // SAFETY: the caller's promise is passed on.
-    unsafe { p.task(task, memory, scratch, partials, seed) }
-}
-
-/// # Safety
-/// As [`Program::task`], on a processor that has these instructions.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn task_avx2(p: &Program, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
-    // SAFETY: the caller's promise is passed on.
-    unsafe { p.task(task, memory, scratch, partials, seed) }
 }

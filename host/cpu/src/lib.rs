@@ -3,6 +3,7 @@
 
 pub mod executor;
 mod fused;
+mod loops;
 mod math;
 pub mod memory;
 pub mod peak;

@@ -205,6 +205,26 @@ unsafe fn stream_lines<T: Copy, const N: usize>(a: Arg, out: *mut T, n: usize, f
     }
 }
 
+/// Writes f32 past the caches.
+///
+/// # Safety
+/// As [`stream`].
+#[inline(always)]
+pub unsafe fn stream_single(a: Arg, out: *mut f32, n: usize) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { stream(a, out, n, |v| v) }
+}
+
+/// Writes bf16 past the caches.
+///
+/// # Safety
+/// As [`stream`].
+#[inline(always)]
+pub unsafe fn stream_half(a: Arg, out: *mut bf16, n: usize) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { stream(a, out, n, narrowed) }
+}
+
 /// Makes streamed results visible to whoever this thread hands over to.
 #[inline(always)]
 pub fn fence() {
@@ -363,6 +383,39 @@ pub unsafe fn accumulate(is_max: bool, a: Arg, into: *mut f32, n: usize) {
             true => map2(Arg::Vector(into), a, into, n, maximum),
             false => map2(Arg::Vector(into), a, into, n, |x, y| x + y),
         }
+    }
+}
+
+/// [`accumulate`] for `rows` rows of `n` elements that follow each other, in that order.
+///
+/// # Safety
+/// A vector has `rows · n` elements, `into` has `n`; they do not overlap.
+#[inline(always)]
+pub unsafe fn accumulate_rows(is_max: bool, a: Arg, rows: usize, into: *mut f32, n: usize) {
+    /// Columns whose totals stay in registers.
+    const BLOCK: usize = 64;
+    let Arg::Vector(rows_start) = a else {
+        // SAFETY: the caller's promise is passed on.
+        return (0..rows).for_each(|_| unsafe { accumulate(is_max, a, into, n) });
+    };
+    let whole = n - n % BLOCK;
+    for start in (0..whole).step_by(BLOCK) {
+        // SAFETY: start + BLOCK ≤ n, row < rows.
+        unsafe {
+            let totals = into.add(start).cast::<[f32; BLOCK]>();
+            let mut sums = totals.read();
+            for row in 0..rows {
+                let values = rows_start.add(row * n + start).cast::<[f32; BLOCK]>();
+                for (sum, value) in sums.iter_mut().zip(&*values) {
+                    *sum = if is_max { maximum(*sum, *value) } else { *sum + *value };
+                }
+            }
+            totals.write(sums);
+        }
+    }
+    for row in 0..rows {
+        // SAFETY: as above, with what is left of each row.
+        unsafe { accumulate(is_max, Arg::Vector(rows_start.add(row * n + whole)), into.add(whole), n - whole) };
     }
 }
 

@@ -1,0 +1,159 @@
+//! The tape's loops, compiled once for each instruction set.
+//!
+//! A tile's interpreter is the same code everywhere; what it calls for a tile's elements is not. The loops are reached
+//! through a table, so that each is compiled with its instruction set's vectors whatever the optimiser inlines where.
+
+use crate::tape::{self, Arg};
+use clip_host_cpu_kernels::{Isa, bf16};
+use clip_host_plugin_api::ir::{Binary, Compare, Unary};
+
+/// The loops for one instruction set; each is the function of [`tape`] of that name, whose safety conditions it has. The
+/// processor must have the instruction set.
+pub struct Loops {
+    pub unary: unsafe fn(Unary, Arg, *mut f32, usize),
+    pub binary: unsafe fn(Binary, Arg, Arg, *mut f32, usize),
+    pub compare: unsafe fn(Compare, Arg, Arg, *mut f32, usize),
+    pub select: unsafe fn(Arg, Arg, Arg, *mut f32, usize),
+    pub unary_identity: unsafe fn(Arg, *mut f32, usize),
+    pub to_integers: unsafe fn(Arg, *mut i32, usize),
+    pub widen: unsafe fn(*const bf16, *mut f32, usize),
+    pub narrow: unsafe fn(Arg, *mut bf16, usize),
+    /// [`tape::stream`] of f32 and of bf16.
+    pub stream_single: unsafe fn(Arg, *mut f32, usize),
+    pub stream_half: unsafe fn(Arg, *mut bf16, usize),
+    pub uniform: unsafe fn(u64, u32, u64, *mut f32, usize),
+    pub sum: unsafe fn(*const f32, usize) -> f32,
+    pub max: unsafe fn(*const f32, usize) -> f32,
+    pub accumulate: unsafe fn(bool, Arg, *mut f32, usize),
+    pub accumulate_rows: unsafe fn(bool, Arg, usize, *mut f32, usize),
+}
+
+/// The table for an instruction set that the processor has.
+pub fn loops(isa: Isa) -> &'static Loops {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 => &avx512::LOOPS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &avx2::LOOPS,
+        _ => &portable::LOOPS,
+    }
+}
+
+/// A module with the table of one instruction set. A function cannot be generic over the features that it is compiled
+/// with, so that a macro repeats them.
+macro_rules! table {
+    ($module:ident $(, $features:literal)?) => {
+        mod $module {
+            use super::*;
+
+            pub static LOOPS: Loops = Loops {
+                unary,
+                binary,
+                compare,
+                select,
+                unary_identity,
+                to_integers,
+                widen,
+                narrow,
+                stream_single,
+                stream_half,
+                uniform,
+                sum,
+                max,
+                accumulate,
+                accumulate_rows,
+            };
+
+            table!(@ $($features)?; unary(op: Unary, a: Arg, out: *mut f32, n: usize));
+            table!(@ $($features)?; binary(op: Binary, a: Arg, b: Arg, out: *mut f32, n: usize));
+            table!(@ $($features)?; compare(op: Compare, a: Arg, b: Arg, out: *mut f32, n: usize));
+            table!(@ $($features)?; select(c: Arg, a: Arg, b: Arg, out: *mut f32, n: usize));
+            table!(@ $($features)?; unary_identity(a: Arg, out: *mut f32, n: usize));
+            table!(@ $($features)?; to_integers(a: Arg, out: *mut i32, n: usize));
+            table!(@ $($features)?; widen(a: *const bf16, out: *mut f32, n: usize));
+            table!(@ $($features)?; narrow(a: Arg, out: *mut bf16, n: usize));
+            table!(@ $($features)?; stream_single(a: Arg, out: *mut f32, n: usize));
+            table!(@ $($features)?; stream_half(a: Arg, out: *mut bf16, n: usize));
+            table!(@ $($features)?; uniform(seed: u64, stream: u32, first: u64, out: *mut f32, n: usize));
+            table!(@ $($features)?; sum(a: *const f32, n: usize) -> f32);
+            table!(@ $($features)?; max(a: *const f32, n: usize) -> f32);
+            table!(@ $($features)?; accumulate(is_max: bool, a: Arg, into: *mut f32, n: usize));
+            table!(@ $($features)?; accumulate_rows(is_max: bool, a: Arg, rows: usize, into: *mut f32, n: usize));
+        }
+    };
+    (@ $($features:literal)?; $name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)?) => {
+        $(#[target_feature(enable = $features)])?
+        unsafe fn $name($($argument: $type),*) $(-> $result)? {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { tape::$name($($argument),*) }
+        }
+    };
+}
+
+table!(portable);
+#[cfg(target_arch = "x86_64")]
+table!(avx2, "avx2,fma");
+#[cfg(target_arch = "x86_64")]
+table!(avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every table gives the same bits: nothing is contracted, sums have lanes of their own.
+    #[test]
+    fn all_instruction_sets_give_the_same_bits() {
+        let a: Vec<f32> = (0..777).map(|i| (i as f32 * 0.731).sin() * 3.0 + 0.01).collect();
+        let b: Vec<f32> = (0..777).map(|i| (i as f32 * 0.377).cos() * 2.0 + 0.02).collect();
+        let results = |isa: Isa| {
+            let l = loops(isa);
+            let mut out = vec![0.0f32; 777];
+            let mut half = vec![bf16::ZERO; 777];
+            let mut bits: Vec<u32> = vec![];
+            let (x, y) = (Arg::Vector(a.as_ptr()), Arg::Vector(b.as_ptr()));
+            let mut keep = |out: &[f32]| bits.extend(out.iter().map(|v| v.to_bits()));
+            // SAFETY: all slices have 777 elements; only instruction sets that were detected are asked for.
+            unsafe {
+                for op in [Unary::Neg, Unary::Exp, Unary::Recip, Unary::Tanh, Unary::Erf, Unary::Abs] {
+                    (l.unary)(op, x, out.as_mut_ptr(), 777);
+                    keep(&out);
+                }
+                for op in [Binary::Add, Binary::Sub, Binary::Mul, Binary::Div, Binary::Maximum, Binary::Minimum] {
+                    (l.binary)(op, x, y, out.as_mut_ptr(), 777);
+                    keep(&out);
+                    (l.binary)(op, Arg::Value(1.5), y, out.as_mut_ptr(), 777);
+                    keep(&out);
+                }
+                for op in [Compare::Lt, Compare::Le, Compare::Eq] {
+                    (l.compare)(op, x, y, out.as_mut_ptr(), 777);
+                    keep(&out);
+                }
+                (l.select)(x, y, Arg::Value(0.0), out.as_mut_ptr(), 777);
+                keep(&out);
+                (l.narrow)(x, half.as_mut_ptr(), 777);
+                (l.widen)(half.as_ptr(), out.as_mut_ptr(), 777);
+                keep(&out);
+                (l.stream_half)(y, half.as_mut_ptr(), 777);
+                (l.widen)(half.as_ptr(), out.as_mut_ptr(), 777);
+                keep(&out);
+                (l.uniform)(7, 3, 11, out.as_mut_ptr(), 777);
+                keep(&out);
+                (l.accumulate)(false, x, out.as_mut_ptr(), 777);
+                keep(&out);
+                let mut row_by_row = out.clone();
+                (l.accumulate_rows)(false, x, 7, out.as_mut_ptr(), 111);
+                for row in 0..7 {
+                    (l.accumulate)(false, x.at(row * 111), row_by_row.as_mut_ptr(), 111);
+                }
+                assert_eq!(out, row_by_row);
+                keep(&out);
+                keep(&[(l.sum)(a.as_ptr(), 777), (l.max)(b.as_ptr(), 777)]);
+            }
+            bits
+        };
+        let expected = results(Isa::Portable);
+        for isa in Isa::ALL.into_iter().filter(|&isa| isa <= Isa::detect()) {
+            assert!(results(isa) == expected, "{isa:?}");
+        }
+    }
+}
