@@ -97,6 +97,8 @@ pub struct Program {
     steps: Vec<Step>,
     loads: Vec<Load>,
     outs: Vec<Out>,
+    /// Tensors that are walked in the space's order.
+    streams: Vec<Stream>,
     scratch: usize,
     /// The pool's instruction set's.
     loops: &'static Loops,
@@ -146,6 +148,7 @@ impl Program {
             steps: vec![],
             loads: vec![],
             outs: vec![],
+            streams: vec![],
             scratch: 0,
             loops: loops(Isa::Portable),
             partials: vec![],
@@ -155,6 +158,7 @@ impl Program {
         program.prepare_loads(kernel, &place);
         program.prepare_outputs(kernel, &place);
         program.assign_slots(kernel, &place);
+        program.find_streams(kernel);
         Some(program)
     }
 
@@ -291,6 +295,21 @@ impl Program {
                 }
             };
             self.steps.push(Step { instr: instr.clone(), rank: *rank, slot });
+        }
+    }
+
+    /// Tensors whose next tile is asked for while the current one is worked on: processors foresee one long walk, not
+    /// several that take turns.
+    fn find_streams(&mut self, kernel: &Fused) {
+        for (load, input) in self.loads.iter().zip(&kernel.inputs) {
+            if input.rank == Rank::Full && input.pattern == Pattern::Same {
+                self.streams.push(Stream { address: load.address, bytes: load.element.bytes() });
+            }
+        }
+        for out in self.outs.iter().filter(|o| o.store == Store::Each && !o.streamed) {
+            if self.steps[out.value].rank == Rank::Full {
+                self.streams.push(Stream { address: out.address, bytes: out.element.bytes() });
+            }
         }
     }
 
@@ -470,9 +489,16 @@ impl Program {
     ) {
         let Tile { row, rows, col, cols } = tile;
         let flat = row * self.cols + col;
+        let (count, ahead) = (self.steps.len(), rows * cols);
         // SAFETY: addresses and slots come from the plan, lengths from the tile.
         unsafe {
             for (at, step) in self.steps.iter().enumerate() {
+                // Each step asks for its share of the next tile.
+                for stream in &self.streams {
+                    let lines = (ahead * stream.bytes).div_ceil(LINE);
+                    let next = memory.at::<u8>(stream.address).wrapping_add((flat + ahead) * stream.bytes);
+                    (lines * at / count..lines * (at + 1) / count).for_each(|l| prefetch(next.wrapping_add(l * LINE)));
+                }
                 if step.rank == Rank::Scalar {
                     continue;
                 }
@@ -695,6 +721,29 @@ impl Program {
             }
         }
     }
+}
+
+/// A tensor that is walked in the space's order.
+struct Stream {
+    address: Address,
+    /// Of an element.
+    bytes: usize,
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Asks for a line of memory; without effect on results.
+#[inline(always)]
+fn prefetch(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch accesses no memory as far as the program can tell, and never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(line.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
 }
 
 #[derive(Clone, Copy)]
