@@ -3,14 +3,18 @@
 
 use crate::loops::{Loops, loops};
 use crate::memory::{Address, Memory};
+use crate::pairs::{Pair, find_pairs};
+use crate::streams::Stream;
 use crate::tape::{self, Arg};
 use clip_host_compiler::kernel::{Element, Fused, Instr, Output, Pattern, Rank, Store};
 use clip_host_compiler::lower::operands;
 use clip_host_cpu_kernels::{Isa, ThreadPool, bf16};
 use clip_host_plugin_api::ir::NodeId;
+use std::collections::HashMap;
 use std::mem::MaybeUninit;
 
-/// Elements of a tile; fewer when many values live at once.
+/// Elements of a tile. Smaller ones leave more room in the first cache, but each step's start then costs more than it
+/// gains: measured, half or twice as many are slower.
 const TILE: usize = 1024;
 /// Elements of a task.
 const TASK: usize = 32_768;
@@ -64,9 +68,19 @@ enum Slot {
     Output(usize),
 }
 
+/// What a step does.
+enum Work {
+    Instr(Instr),
+    Pair(Pair),
+    /// Done by a later pair.
+    Nothing,
+}
+
 struct Step {
-    instr: Instr,
+    work: Work,
     rank: Rank,
+    /// Row values meet full ones.
+    mixed: bool,
     slot: Slot,
 }
 
@@ -116,10 +130,8 @@ impl Program {
         }
         let (rows, cols) = (kernel.rows, kernel.cols);
         let whole_rows = kernel.has_row_reductions();
-        let full_values = kernel.code.iter().filter(|(_, r)| *r == Rank::Full).count();
-        let tile = if full_values > 12 { TILE / 2 } else { TILE };
-        let tile_cols = if whole_rows || cols <= tile { cols } else { tile };
-        let tile_rows = if tile_cols < cols { 1 } else { (tile / cols.max(1)).clamp(1, rows.max(1)) };
+        let tile_cols = if whole_rows || cols <= TILE { cols } else { TILE };
+        let tile_rows = if tile_cols < cols { 1 } else { (TILE / cols.max(1)).clamp(1, rows.max(1)) };
 
         let reduces = kernel.outputs.iter().any(|o| o.store != Store::Each);
         let segment = kernel.segment().max(1);
@@ -157,7 +169,8 @@ impl Program {
         };
         program.prepare_loads(kernel, &place);
         program.prepare_outputs(kernel, &place);
-        program.assign_slots(kernel, &place);
+        let pairs = find_pairs(&kernel.code, &kernel.outputs);
+        program.assign_slots(kernel, &pairs, &place);
         program.find_streams(kernel);
         Some(program)
     }
@@ -231,11 +244,15 @@ impl Program {
     }
 
     /// Gives every value its place; slots are used again once their values are dead.
-    fn assign_slots(&mut self, kernel: &Fused, place: &impl Fn(NodeId) -> Address) {
+    fn assign_slots(&mut self, kernel: &Fused, pairs: &HashMap<usize, Pair>, place: &impl Fn(NodeId) -> Address) {
         let code = &kernel.code;
         let mut last_use: Vec<usize> = (0..code.len()).collect();
         for (at, (instr, _)) in code.iter().enumerate() {
             operands(instr).into_iter().for_each(|r| last_use[r] = at);
+        }
+        // What a pair's first op reads is read by the pair.
+        for (&at, pair) in pairs {
+            [pair.a, pair.b].into_iter().for_each(|r| last_use[r] = last_use[r].max(at));
         }
         // Values that are stored or summed at the end of the tile live until then.
         for output in &kernel.outputs {
@@ -271,7 +288,9 @@ impl Program {
                 _ => false,
             };
             let is_load = matches!(instr, Instr::Load(_));
+            let inside = pairs.values().any(|pair| pair.inside == at);
             let slot = match (rank, direct_output) {
+                _ if inside => Slot::None,
                 (Rank::Scalar, _) => Slot::None,
                 _ if in_memory => Slot::None,
                 (_, Some(output)) if !is_load && (*rank == Rank::Full || self.tile_cols == self.cols) => {
@@ -294,21 +313,31 @@ impl Program {
                     Slot::Scratch(offset)
                 }
             };
-            self.steps.push(Step { instr: instr.clone(), rank: *rank, slot });
+            let pair = pairs.get(&at).copied();
+            let read = pair.map_or_else(|| operands(instr), |p| vec![p.a, p.b, p.c]);
+            let mixed = *rank == Rank::Full && read.iter().any(|&r| code[r].1 == Rank::Row);
+            let work = match pair {
+                _ if inside => Work::Nothing,
+                Some(pair) => Work::Pair(pair),
+                None => Work::Instr(instr.clone()),
+            };
+            self.steps.push(Step { work, rank: *rank, mixed, slot });
         }
     }
 
     /// Tensors whose next tile is asked for while the current one is worked on: processors foresee one long walk, not
     /// several that take turns.
     fn find_streams(&mut self, kernel: &Fused) {
+        let (tile, steps) = (self.tile_rows * self.tile_cols, self.steps.len());
+        let mut stream = |address, element| self.streams.push(Stream::new(address, element, tile, steps));
         for (load, input) in self.loads.iter().zip(&kernel.inputs) {
             if input.rank == Rank::Full && input.pattern == Pattern::Same {
-                self.streams.push(Stream { address: load.address, bytes: load.element.bytes() });
+                stream(load.address, load.element);
             }
         }
         for out in self.outs.iter().filter(|o| o.store == Store::Each && !o.streamed) {
             if self.steps[out.value].rank == Rank::Full {
-                self.streams.push(Stream { address: out.address, bytes: out.element.bytes() });
+                stream(out.address, out.element);
             }
         }
     }
@@ -376,14 +405,18 @@ impl Program {
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
     unsafe fn task(&self, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, seed: u64) {
-        let mut regs = [const { MaybeUninit::<Arg>::uninit() }; MAX_CODE];
+        let mut scalars = [const { MaybeUninit::<f32>::uninit() }; MAX_CODE];
+        let mut regs = [const { MaybeUninit::<*const f32>::uninit() }; MAX_CODE];
         let regs = &mut regs[..self.steps.len()];
-        regs.iter_mut().for_each(|reg| _ = reg.write(Arg::Value(0.0)));
+        for (reg, scalar) in regs.iter_mut().zip(&mut scalars) {
+            reg.write(scalar.write(0.0));
+        }
         // SAFETY: all of these were written just now. For the rest see the callees; all offsets come from the plan.
         unsafe {
-            let regs = std::slice::from_raw_parts_mut(regs.as_mut_ptr().cast::<Arg>(), regs.len());
+            let regs = std::slice::from_raw_parts_mut(regs.as_mut_ptr().cast::<*const f32>(), regs.len());
+            let scalars = scalars.as_mut_ptr().cast::<f32>();
             let (row0, row1, col0, col1) = self.range(task);
-            self.begin(task, memory, scratch, partials, regs);
+            self.begin(task, memory, scratch, scalars, partials, regs);
             let mut row = row0;
             while row < row1 {
                 let rows = self.tile_rows.min(row1 - row);
@@ -421,13 +454,22 @@ impl Program {
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    unsafe fn begin(&self, task: usize, memory: Memory, scratch: *mut f32, partials: *mut f32, regs: &mut [Arg]) {
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn begin(
+        &self,
+        task: usize,
+        memory: Memory,
+        scratch: *mut f32,
+        scalars: *mut f32,
+        partials: *mut f32,
+        regs: &mut [*const f32],
+    ) {
         // SAFETY: addresses and slots come from the plan; the partial sums of a task are its own.
         unsafe {
             for (at, step) in self.steps.iter().enumerate() {
-                if let Instr::Const(value) = step.instr {
-                    regs[at] = Arg::Value(value);
-                } else if let (Instr::Load(load), Slot::Scratch(offset)) = (&step.instr, step.slot)
+                if let Work::Instr(Instr::Const(value)) = step.work {
+                    *scalars.add(at) = value;
+                } else if let (Work::Instr(Instr::Load(load)), Slot::Scratch(offset)) = (&step.work, step.slot)
                     && let Source::Repeated = self.loads[*load].source
                 {
                     let from = memory.at::<f32>(self.loads[*load].address);
@@ -435,22 +477,27 @@ impl Program {
                     for row in 0..self.tile_rows {
                         std::ptr::copy_nonoverlapping(from, slot.add(row * self.cols), self.cols);
                     }
-                    regs[at] = Arg::Vector(slot);
+                    regs[at] = slot;
                 } else if step.rank == Rank::Scalar {
-                    let mut value = 0.0f32;
-                    let out = &raw mut value;
-                    match &step.instr {
+                    let out = scalars.add(at);
+                    let Work::Instr(instr) = &step.work else { continue };
+                    match instr {
                         Instr::Load(load) => {
                             let load = &self.loads[*load];
-                            value = read(memory, load.address, load.element, 0);
+                            *out = read(memory, load.address, load.element, 0);
                         }
-                        Instr::Unary(op, a) => (self.loops.unary)(*op, regs[*a], out, 1),
-                        Instr::Binary(op, a, b) => (self.loops.binary)(*op, regs[*a], regs[*b], out, 1),
-                        Instr::Compare(op, a, b) => (self.loops.compare)(*op, regs[*a], regs[*b], out, 1),
-                        Instr::Select(c, a, b) => (self.loops.select)(regs[*c], regs[*a], regs[*b], out, 1),
+                        Instr::Unary(op, a) => (self.loops.unary)(*op, self.arg(regs, *a), out, 1),
+                        Instr::Binary(op, a, b) => {
+                            (self.loops.binary)(*op, self.arg(regs, *a), self.arg(regs, *b), out, 1)
+                        }
+                        Instr::Compare(op, a, b) => {
+                            (self.loops.compare)(*op, self.arg(regs, *a), self.arg(regs, *b), out, 1)
+                        }
+                        Instr::Select(c, a, b) => {
+                            (self.loops.select)(self.arg(regs, *c), self.arg(regs, *a), self.arg(regs, *b), out, 1)
+                        }
                         _ => {}
                     }
-                    regs[at] = Arg::Value(value);
                 }
             }
             for out in &self.outs {
@@ -485,20 +532,16 @@ impl Program {
         scratch: *mut f32,
         partials: *mut f32,
         seed: u64,
-        regs: &mut [Arg],
+        regs: &mut [*const f32],
     ) {
         let Tile { row, rows, col, cols } = tile;
         let flat = row * self.cols + col;
-        let (count, ahead) = (self.steps.len(), rows * cols);
+        let ahead = rows * cols;
         // SAFETY: addresses and slots come from the plan, lengths from the tile.
         unsafe {
             for (at, step) in self.steps.iter().enumerate() {
                 // Each step asks for its share of the next tile.
-                for stream in &self.streams {
-                    let lines = (ahead * stream.bytes).div_ceil(LINE);
-                    let next = memory.at::<u8>(stream.address).wrapping_add((flat + ahead) * stream.bytes);
-                    (lines * at / count..lines * (at + 1) / count).for_each(|l| prefetch(next.wrapping_add(l * LINE)));
-                }
+                self.streams.iter().for_each(|stream| stream.ask(memory, flat + ahead, at));
                 if step.rank == Rank::Scalar {
                     continue;
                 }
@@ -511,7 +554,19 @@ impl Program {
                     }
                     Slot::None => std::ptr::null_mut(),
                 };
-                match &step.instr {
+                let instr = match &step.work {
+                    Work::Nothing => continue,
+                    Work::Pair(pair) => {
+                        let (sources, how) = ([pair.a, pair.b, pair.c], (step.rank, step.mixed));
+                        self.rowwise(&sources, how, tile, regs, |args, at, n| {
+                            (self.loops.pair)(pair.ops, args[0], args[1], args[2], out.add(at), n);
+                        });
+                        regs[at] = out;
+                        continue;
+                    }
+                    Work::Instr(instr) => instr,
+                };
+                match instr {
                     Instr::Load(load) => {
                         let load = &self.loads[*load];
                         match load.source {
@@ -522,7 +577,7 @@ impl Program {
                                     (_, Rank::Full) => flat,
                                     _ => row,
                                 };
-                                regs[at] = Arg::Vector(memory.at::<f32>(load.address).add(start));
+                                regs[at] = memory.at::<f32>(load.address).add(start);
                                 continue;
                             }
                             Source::Widened => {
@@ -541,33 +596,37 @@ impl Program {
                         n,
                     ),
                     Instr::RowSum(a) | Instr::RowMax(a) => {
-                        let is_max = matches!(step.instr, Instr::RowMax(_));
-                        if let Arg::Vector(a) = regs[*a] {
-                            for r in 0..rows {
-                                let from = a.add(r * cols);
-                                *out.add(r) =
-                                    if is_max { (self.loops.max)(from, cols) } else { (self.loops.sum)(from, cols) };
-                            }
+                        let is_max = matches!(instr, Instr::RowMax(_));
+                        for r in 0..rows {
+                            let from = regs[*a].add(r * cols);
+                            *out.add(r) =
+                                if is_max { (self.loops.max)(from, cols) } else { (self.loops.sum)(from, cols) };
                         }
                     }
-                    Instr::Expand(a) => self.rowwise(&[*a], step.rank, tile, regs, |args, at, n| {
+                    Instr::Expand(a) => self.rowwise(&[*a], (step.rank, step.mixed), tile, regs, |args, at, n| {
                         (self.loops.unary_identity)(args[0], out.add(at), n);
                     }),
-                    Instr::Unary(op, a) => self.rowwise(&[*a], step.rank, tile, regs, |args, at, n| {
+                    Instr::Unary(op, a) => self.rowwise(&[*a], (step.rank, step.mixed), tile, regs, |args, at, n| {
                         (self.loops.unary)(*op, args[0], out.add(at), n);
                     }),
-                    Instr::Binary(op, a, b) => self.rowwise(&[*a, *b], step.rank, tile, regs, |args, at, n| {
-                        (self.loops.binary)(*op, args[0], args[1], out.add(at), n);
-                    }),
-                    Instr::Compare(op, a, b) => self.rowwise(&[*a, *b], step.rank, tile, regs, |args, at, n| {
-                        (self.loops.compare)(*op, args[0], args[1], out.add(at), n);
-                    }),
-                    Instr::Select(c, a, b) => self.rowwise(&[*c, *a, *b], step.rank, tile, regs, |args, at, n| {
-                        (self.loops.select)(args[0], args[1], args[2], out.add(at), n);
-                    }),
+                    Instr::Binary(op, a, b) => {
+                        self.rowwise(&[*a, *b], (step.rank, step.mixed), tile, regs, |args, at, n| {
+                            (self.loops.binary)(*op, args[0], args[1], out.add(at), n);
+                        })
+                    }
+                    Instr::Compare(op, a, b) => {
+                        self.rowwise(&[*a, *b], (step.rank, step.mixed), tile, regs, |args, at, n| {
+                            (self.loops.compare)(*op, args[0], args[1], out.add(at), n);
+                        })
+                    }
+                    Instr::Select(c, a, b) => {
+                        self.rowwise(&[*c, *a, *b], (step.rank, step.mixed), tile, regs, |args, at, n| {
+                            (self.loops.select)(args[0], args[1], args[2], out.add(at), n);
+                        })
+                    }
                     Instr::Const(_) => continue,
                 }
-                regs[at] = Arg::Vector(out);
+                regs[at] = out;
             }
             self.store(task, tile, memory, partials, regs);
         }
@@ -580,30 +639,40 @@ impl Program {
     unsafe fn rowwise<const N: usize>(
         &self,
         sources: &[usize; N],
-        rank: Rank,
+        (rank, mixed): (Rank, bool),
         tile: Tile,
-        regs: &[Arg],
+        regs: &[*const f32],
         f: impl Fn([Arg; N], usize, usize),
     ) {
-        let ranks = sources.map(|s| self.steps[s].rank);
-        if rank == Rank::Full && ranks.contains(&Rank::Row) {
+        if mixed {
             for r in 0..tile.rows {
-                let mut args = [Arg::Value(0.0); N];
-                for i in 0..N {
-                    // SAFETY: a row value has an element for each of the tile's rows, a full one `cols`.
-                    args[i] = unsafe {
-                        match (ranks[i], regs[sources[i]]) {
-                            (Rank::Row, Arg::Vector(values)) => Arg::Value(*values.add(r)),
-                            (Rank::Full, vector) => vector.at(r * tile.cols),
-                            (_, value) => value,
-                        }
-                    };
-                }
+                // SAFETY: a row value has an element for each of the tile's rows, a full one `cols`.
+                let args = sources.map(|s| unsafe {
+                    match self.steps[s].rank {
+                        Rank::Scalar => Arg::Value(*regs[s]),
+                        Rank::Row => Arg::Value(*regs[s].add(r)),
+                        Rank::Full => Arg::Vector(regs[s].add(r * tile.cols)),
+                    }
+                });
                 f(args, r * tile.cols, tile.cols);
             }
         } else {
             let n = if rank == Rank::Full { tile.rows * tile.cols } else { tile.rows };
-            f(sources.map(|s| regs[s]), 0, n);
+            // SAFETY: every register points to what its rank says.
+            f(sources.map(|s| unsafe { self.arg(regs, s) }), 0, n);
+        }
+    }
+
+    /// A register as an operand: a scalar's value, or where a vector begins.
+    ///
+    /// # Safety
+    /// The register was written, by `begin` or by its own step.
+    #[inline(always)]
+    unsafe fn arg(&self, regs: &[*const f32], reg: usize) -> Arg {
+        match self.steps[reg].rank {
+            // SAFETY: the caller's promise.
+            Rank::Scalar => Arg::Value(unsafe { *regs[reg] }),
+            _ => Arg::Vector(regs[reg]),
         }
     }
 
@@ -671,12 +740,12 @@ impl Program {
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    unsafe fn store(&self, task: usize, tile: Tile, memory: Memory, partials: *mut f32, regs: &[Arg]) {
+    unsafe fn store(&self, task: usize, tile: Tile, memory: Memory, partials: *mut f32, regs: &[*const f32]) {
         let Tile { row, rows, col, cols } = tile;
         // SAFETY: as in `tile`.
         unsafe {
             for out in &self.outs {
-                let value = regs[out.value];
+                let value = self.arg(regs, out.value);
                 let rank = self.steps[out.value].rank;
                 // A row's own value counts once, in the row's first tile.
                 let n = match rank {
@@ -721,29 +790,6 @@ impl Program {
             }
         }
     }
-}
-
-/// A tensor that is walked in the space's order.
-struct Stream {
-    address: Address,
-    /// Of an element.
-    bytes: usize,
-}
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// Asks for a line of memory; without effect on results.
-#[inline(always)]
-fn prefetch(line: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch accesses no memory as far as the program can tell, and never faults.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(line.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = line;
 }
 
 #[derive(Clone, Copy)]

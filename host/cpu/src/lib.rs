@@ -6,7 +6,9 @@ mod fused;
 mod loops;
 mod math;
 pub mod memory;
+mod pairs;
 pub mod peak;
+mod streams;
 mod tape;
 
 pub use clip_host_cpu_kernels::ThreadPool;

@@ -3,7 +3,7 @@
 //! A tile's interpreter is the same code everywhere; what it calls for a tile's elements is not. The loops are reached
 //! through a table, so that each is compiled with its instruction set's vectors whatever the optimiser inlines where.
 
-use crate::tape::{self, Arg};
+use crate::tape::{self, Arg, Arithmetic};
 use clip_host_cpu_kernels::{Isa, bf16};
 use clip_host_plugin_api::ir::{Binary, Compare, Unary};
 
@@ -12,6 +12,7 @@ use clip_host_plugin_api::ir::{Binary, Compare, Unary};
 pub struct Loops {
     pub unary: unsafe fn(Unary, Arg, *mut f32, usize),
     pub binary: unsafe fn(Binary, Arg, Arg, *mut f32, usize),
+    pub pair: unsafe fn((Arithmetic, Arithmetic), Arg, Arg, Arg, *mut f32, usize),
     pub compare: unsafe fn(Compare, Arg, Arg, *mut f32, usize),
     pub select: unsafe fn(Arg, Arg, Arg, *mut f32, usize),
     pub unary_identity: unsafe fn(Arg, *mut f32, usize),
@@ -49,6 +50,7 @@ macro_rules! table {
             pub static LOOPS: Loops = Loops {
                 unary,
                 binary,
+                pair,
                 compare,
                 select,
                 unary_identity,
@@ -66,6 +68,7 @@ macro_rules! table {
 
             table!(@ $($features)?; unary(op: Unary, a: Arg, out: *mut f32, n: usize));
             table!(@ $($features)?; binary(op: Binary, a: Arg, b: Arg, out: *mut f32, n: usize));
+            table!(@ $($features)?; pair(ops: (Arithmetic, Arithmetic), a: Arg, b: Arg, c: Arg, out: *mut f32, n: usize));
             table!(@ $($features)?; compare(op: Compare, a: Arg, b: Arg, out: *mut f32, n: usize));
             table!(@ $($features)?; select(c: Arg, a: Arg, b: Arg, out: *mut f32, n: usize));
             table!(@ $($features)?; unary_identity(a: Arg, out: *mut f32, n: usize));
@@ -123,6 +126,27 @@ mod tests {
                     keep(&out);
                     (l.binary)(op, Arg::Value(1.5), y, out.as_mut_ptr(), 777);
                     keep(&out);
+                }
+                // A pair is two loops, to the bit.
+                let z = Arg::Vector(a.as_ptr().add(1));
+                let named = [
+                    (Arithmetic::Add, Binary::Add, false),
+                    (Arithmetic::Sub, Binary::Sub, false),
+                    (Arithmetic::SubFrom, Binary::Sub, true),
+                    (Arithmetic::Mul, Binary::Mul, false),
+                ];
+                let mut two = vec![0.0f32; 776];
+                for (first, second) in named.iter().flat_map(|f| named.iter().map(move |s| (f, s))) {
+                    for (x, y, z) in [(x, y, z), (x, Arg::Value(0.3), z), (Arg::Value(1.7), y, Arg::Value(0.1))] {
+                        (l.pair)((first.0, second.0), x, y, z, out.as_mut_ptr(), 776);
+                        let (p, q) = if first.2 { (y, x) } else { (x, y) };
+                        (l.binary)(first.1, p, q, two.as_mut_ptr(), 776);
+                        let made = Arg::Vector(two.as_ptr());
+                        let (p, q) = if second.2 { (z, made) } else { (made, z) };
+                        (l.binary)(second.1, p, q, two.as_mut_ptr(), 776);
+                        assert_eq!(out[..776], two);
+                        keep(&out);
+                    }
                 }
                 for op in [Compare::Lt, Compare::Le, Compare::Eq] {
                     (l.compare)(op, x, y, out.as_mut_ptr(), 777);

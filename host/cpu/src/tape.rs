@@ -285,6 +285,82 @@ pub unsafe fn binary(op: Binary, a: Arg, b: Arg, out: *mut f32, n: usize) {
     }
 }
 
+/// An op of a [`pair`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arithmetic {
+    Add,
+    Sub,
+    /// The second operand minus the first.
+    SubFrom,
+    Mul,
+}
+
+#[inline(always)]
+fn arithmetic<const OP: u8>(x: f32, y: f32) -> f32 {
+    match OP {
+        0 => x + y,
+        1 => x - y,
+        2 => y - x,
+        _ => x * y,
+    }
+}
+
+/// `out[i] = (a[i] first b[i]) second c[i]`: two ops in one loop, rounded as by two.
+///
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+pub unsafe fn pair(ops: (Arithmetic, Arithmetic), a: Arg, b: Arg, c: Arg, out: *mut f32, n: usize) {
+    use Arithmetic::{Add, Mul, Sub, SubFrom};
+    // SAFETY: the caller's promise is passed on.
+    unsafe {
+        match ops {
+            (Add, Add) => map3::<0, 0>(a, b, c, out, n),
+            (Add, Sub) => map3::<0, 1>(a, b, c, out, n),
+            (Add, SubFrom) => map3::<0, 2>(a, b, c, out, n),
+            (Add, Mul) => map3::<0, 3>(a, b, c, out, n),
+            (Sub, Add) => map3::<1, 0>(a, b, c, out, n),
+            (Sub, Sub) => map3::<1, 1>(a, b, c, out, n),
+            (Sub, SubFrom) => map3::<1, 2>(a, b, c, out, n),
+            (Sub, Mul) => map3::<1, 3>(a, b, c, out, n),
+            (SubFrom, Add) => map3::<2, 0>(a, b, c, out, n),
+            (SubFrom, Sub) => map3::<2, 1>(a, b, c, out, n),
+            (SubFrom, SubFrom) => map3::<2, 2>(a, b, c, out, n),
+            (SubFrom, Mul) => map3::<2, 3>(a, b, c, out, n),
+            (Mul, Add) => map3::<3, 0>(a, b, c, out, n),
+            (Mul, Sub) => map3::<3, 1>(a, b, c, out, n),
+            (Mul, SubFrom) => map3::<3, 2>(a, b, c, out, n),
+            (Mul, Mul) => map3::<3, 3>(a, b, c, out, n),
+        }
+    }
+}
+
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+unsafe fn map3<const FIRST: u8, const SECOND: u8>(a: Arg, b: Arg, c: Arg, out: *mut f32, n: usize) {
+    use Arg::{Value, Vector};
+    let f = |x: f32, y: f32, z: f32| arithmetic::<SECOND>(arithmetic::<FIRST>(x, y), z);
+    // SAFETY: i < n in each loop.
+    unsafe {
+        match (a, b, c) {
+            (Vector(a), Vector(b), Vector(c)) => {
+                (0..n).for_each(|i| *out.add(i) = f(*a.add(i), *b.add(i), *c.add(i)));
+            }
+            (Vector(a), Vector(b), Value(c)) => (0..n).for_each(|i| *out.add(i) = f(*a.add(i), *b.add(i), c)),
+            (Vector(a), Value(b), Vector(c)) => (0..n).for_each(|i| *out.add(i) = f(*a.add(i), b, *c.add(i))),
+            (Value(a), Vector(b), Vector(c)) => (0..n).for_each(|i| *out.add(i) = f(a, *b.add(i), *c.add(i))),
+            (Vector(a), Value(b), Value(c)) => (0..n).for_each(|i| *out.add(i) = f(*a.add(i), b, c)),
+            (Value(a), Vector(b), Value(c)) => (0..n).for_each(|i| *out.add(i) = f(a, *b.add(i), c)),
+            (Value(a), Value(b), Vector(c)) => (0..n).for_each(|i| *out.add(i) = f(a, b, *c.add(i))),
+            (Value(a), Value(b), Value(c)) => {
+                let value = f(a, b, c);
+                (0..n).for_each(|i| *out.add(i) = value);
+            }
+        }
+    }
+}
+
 /// # Safety
 /// As [`map1`].
 #[inline(always)]
