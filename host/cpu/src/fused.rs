@@ -2,10 +2,11 @@
 //! cache. What a task computes, and the order of every sum, depends on shapes only, never on the number of threads.
 
 use crate::loops::{Loops, loops};
-use crate::memory::{Address, Memory};
+use crate::memory::{Address, Memory, Partials};
 use crate::pairs::{Pair, find_pairs};
 use crate::streams::Stream;
 use crate::tape::{self, Arg};
+use crate::walk::{Cols, Rows, read, table};
 use clip_host_compiler::kernel::{Element, Fused, Instr, Output, Pattern, Rank, Store};
 use clip_host_compiler::lower::operands;
 use clip_host_cpu_kernels::{Isa, ThreadPool, bf16};
@@ -25,19 +26,6 @@ const STREAM: usize = 32 << 20;
 const PARTIALS: usize = 64;
 /// The most instructions of a kernel (the fuser's limits keep below it).
 const MAX_CODE: usize = 384;
-
-/// How an operand moves from row to row.
-enum Rows {
-    Linear(usize),
-    Strided { dims: Vec<usize>, strides: Vec<usize> },
-}
-
-/// How an operand moves along a row.
-enum Cols {
-    Unit,
-    Stride(usize),
-    Table(Vec<u32>),
-}
 
 enum Source {
     /// Read in place.
@@ -348,8 +336,7 @@ impl Program {
     /// `memory` must be that of the plan that the addresses come from.
     pub unsafe fn run(&mut self, pool: &ThreadPool, memory: Memory, seed: u64) {
         self.loops = loops(pool.isa());
-        let partials = clip_host_cpu_kernels::SharedMut::new(&mut self.partials);
-        let partials = Partials(partials.as_ptr());
+        let partials = Partials::new(&mut self.partials);
         let this = &*self;
         pool.run(this.tasks, &|task, worker| {
             let mut scratch = pool.scratch(worker, this.scratch.max(16));
@@ -685,7 +672,7 @@ impl Program {
         unsafe {
             let read = |offset: usize| read(memory, load.address, load.element, offset);
             for r in 0..tile.rows {
-                let start = row_offset(&load.rows, tile.row + r);
+                let start = load.rows.offset(tile.row + r);
                 if rank == Rank::Row {
                     *out.add(r) = read(start);
                     continue;
@@ -798,58 +785,4 @@ struct Tile {
     rows: usize,
     col: usize,
     cols: usize,
-}
-
-#[derive(Clone, Copy)]
-struct Partials(*mut f32);
-
-// SAFETY: each task writes the sums of its own chunk.
-unsafe impl Send for Partials {}
-// SAFETY: as above.
-unsafe impl Sync for Partials {}
-
-impl Partials {
-    fn get(&self) -> *mut f32 {
-        self.0
-    }
-}
-
-/// Offsets along a row.
-fn table(dims: &[usize], strides: &[usize]) -> Vec<u32> {
-    let mut offsets = vec![0u32];
-    for (&size, &stride) in dims.iter().zip(strides) {
-        offsets = offsets.iter().flat_map(|o| (0..size).map(move |i| o + (i * stride) as u32)).collect();
-    }
-    offsets
-}
-
-/// One element of an operand.
-///
-/// # Safety
-/// The address comes from the plan that the blocks were made for, and so does what lies `offset` elements further.
-#[inline(always)]
-unsafe fn read(memory: Memory, address: Address, element: Element, offset: usize) -> f32 {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match element {
-            Element::F32 => *memory.at::<f32>(address).add(offset),
-            Element::I32 => *memory.at::<i32>(address).add(offset) as f32,
-            Element::Bf16 => tape::widened(*memory.at::<bf16>(address).add(offset)),
-        }
-    }
-}
-
-#[inline(always)]
-fn row_offset(rows: &Rows, row: usize) -> usize {
-    match rows {
-        Rows::Linear(stride) => row * stride,
-        Rows::Strided { dims, strides } => {
-            let (mut left, mut offset) = (row, 0);
-            for (size, stride) in dims.iter().zip(strides).rev() {
-                offset += left % size * stride;
-                left /= size;
-            }
-            offset
-        }
-    }
 }

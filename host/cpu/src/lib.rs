@@ -10,6 +10,7 @@ mod pairs;
 pub mod peak;
 mod streams;
 mod tape;
+mod walk;
 
 pub use clip_host_cpu_kernels::ThreadPool;
 pub use executor::{ExecuteError, Executor, Store};

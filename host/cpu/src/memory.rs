@@ -162,3 +162,23 @@ impl<'a> Memory<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.at(address), len) }
     }
 }
+
+/// Partial sums of all tasks.
+#[derive(Clone, Copy)]
+pub struct Partials(*mut f32);
+
+// SAFETY: each task writes the sums of its own chunk.
+unsafe impl Send for Partials {}
+// SAFETY: as above.
+unsafe impl Sync for Partials {}
+
+impl Partials {
+    pub fn new(sums: &mut [f32]) -> Self {
+        Partials(sums.as_mut_ptr())
+    }
+
+    /// Where the first task's begin.
+    pub fn get(&self) -> *mut f32 {
+        self.0
+    }
+}

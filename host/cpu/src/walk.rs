@@ -1,0 +1,62 @@
+//! How a fused kernel's operand lies in memory: strides over the rows and columns of the kernel's space.
+
+use crate::memory::{Address, Memory};
+use crate::tape;
+use clip_host_compiler::kernel::Element;
+use clip_host_cpu_kernels::bf16;
+
+/// How an operand moves from row to row.
+pub enum Rows {
+    Linear(usize),
+    Strided { dims: Vec<usize>, strides: Vec<usize> },
+}
+
+/// How an operand moves along a row.
+pub enum Cols {
+    Unit,
+    Stride(usize),
+    Table(Vec<u32>),
+}
+
+impl Rows {
+    /// Offset of a row's first element.
+    #[inline(always)]
+    pub fn offset(&self, row: usize) -> usize {
+        match self {
+            Rows::Linear(stride) => row * stride,
+            Rows::Strided { dims, strides } => {
+                let (mut left, mut offset) = (row, 0);
+                for (size, stride) in dims.iter().zip(strides).rev() {
+                    offset += left % size * stride;
+                    left /= size;
+                }
+                offset
+            }
+        }
+    }
+}
+
+/// Offsets along a row of these dimensions.
+pub fn table(dims: &[usize], strides: &[usize]) -> Vec<u32> {
+    let mut offsets = vec![0u32];
+    for (&size, &stride) in dims.iter().zip(strides) {
+        offsets = offsets.iter().flat_map(|o| (0..size).map(move |i| o + (i * stride) as u32)).collect();
+    }
+    offsets
+}
+
+/// One element of an operand.
+///
+/// # Safety
+/// The address comes from the plan that the blocks were made for, and so does what lies `offset` elements further.
+#[inline(always)]
+pub unsafe fn read(memory: Memory, address: Address, element: Element, offset: usize) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match element {
+            Element::F32 => *memory.at::<f32>(address).add(offset),
+            Element::I32 => *memory.at::<i32>(address).add(offset) as f32,
+            Element::Bf16 => tape::widened(*memory.at::<bf16>(address).add(offset)),
+        }
+    }
+}
