@@ -167,12 +167,12 @@ pub fn gemm(pool: &ThreadPool, g: &Gemm, a: Elements, b: Elements, mut c: Elemen
     let a_offset = |index| batch.offset(index, |dim| if swapped { dim.b } else { dim.a });
     let b_offset = |index| batch.offset(index, |dim| if swapped { dim.a } else { dim.b });
     let (c, rows) = (Target::new(&mut c), BatchRows { batch, row });
-    // SAFETY: `check` compared the largest offset of each operand with its length, and found that no two elements
-    // of C are the same.
     macro_rules! product {
         ($a:expr, $b:expr) => {{
             let a = Strided { data: $a, line: a_strides.0, depth: a_strides.1, batch: a_offset };
             let b = Strided { data: $b, line: b_strides.1, depth: b_strides.0, batch: b_offset };
+            // SAFETY: `check` compared the largest offset of each operand with its length, and found that no two
+            // elements of C are the same.
             unsafe { multiply(pool, &problem, &a, &b, c, &rows, &mut []) }
         }};
     }

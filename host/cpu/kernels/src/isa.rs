@@ -54,8 +54,8 @@ impl Isa {
         detected
     }
 
-    /// [`Isa::fastest`], or what is named, as far as the processor has it, by the environment variable `CLIP_HOST_CPU` (`portable`, `avx2`, `avx512` or
-    /// `avx512bf16`; anything else counts as none). Read once.
+    /// [`Isa::fastest`], or what the environment variable `CLIP_HOST_CPU` names, as far as the processor has it
+    /// (`portable`, `avx2`, `avx512` or `avx512bf16`; anything else counts as none). Read once.
     pub fn selected() -> Isa {
         static SELECTED: OnceLock<Isa> = OnceLock::new();
         *SELECTED.get_or_init(|| Isa::capped(std::env::var("CLIP_HOST_CPU").ok().as_deref()))
