@@ -10,7 +10,7 @@ use clip_host_plugin_api::scheduler::{Progress, ScheduleRequest};
 use clip_host_plugins::{Plugin, Registry, inspect};
 use serde_json::Value;
 
-const PACKAGES: [(&str, Kind, &str); 10] = [
+const PACKAGES: [(&str, Kind, &str); 11] = [
     ("clip-loss-clip", Kind::Loss, "clip"),
     ("clip-loss-isogclr", Kind::Loss, "isogclr"),
     ("clip-loss-dynamic-temperature", Kind::Loss, "dynamic_temperature"),
@@ -19,6 +19,7 @@ const PACKAGES: [(&str, Kind, &str); 10] = [
     ("clip-encoder-resnet", Kind::Encoder, "resnet"),
     ("clip-encoder-vit", Kind::Encoder, "vit"),
     ("clip-encoder-distilbert", Kind::Encoder, "distilbert"),
+    ("clip-encoder-bert", Kind::Encoder, "bert"),
     ("clip-scheduler-constant", Kind::Scheduler, "constant"),
     ("clip-scheduler-cosine", Kind::Scheduler, "cosine"),
 ];
