@@ -322,6 +322,15 @@ fn encoder_bert() {
     assert_eq!((counts["eval.output."], counts["eval.grad."]), (2, 39));
 }
 
+#[test]
+fn encoder_clip_text() {
+    let shape = "context_length: 14, vocab_size: 61, width: 32, heads: 4, layers: 2, output_dim: 24";
+    for (name, quick_gelu) in [("clip_text_gelu", false), ("clip_text_quickgelu", true)] {
+        let counts = encoder("clip_text", name, &format!("({shape}, quick_gelu: {quick_gelu})"));
+        assert_eq!((counts["eval.grad."], counts["train.grad."]), (29, 29));
+    }
+}
+
 /// What is missing or of another size is told by name.
 #[test]
 fn a_file_that_does_not_fit_is_refused() {

@@ -325,8 +325,9 @@ pub fn optimizer(part: &Part, weight_decay: f64, tensors: &Tensors) -> Result<Te
     Ok(out)
 }
 
-/// `param.*`, `input.image` or `input.input_ids input.attention_mask`, and `cotangent.*` in; for both modes
-/// `<mode>.output.* <mode>.loss <mode>.grad.* <mode>.grad_input.image <mode>.buffer_after.*` out.
+/// `param.*`, `input.image` or `input.input_ids [input.attention_mask]`, and `cotangent.*` in; for both modes
+/// `<mode>.output.* <mode>.loss <mode>.grad.* <mode>.grad_input.image <mode>.buffer_after.*` out. Without a mask all ids
+/// are tokens.
 pub fn encoder(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
     let mut out = Tensors::new();
     let image = tensors.get("input.image");
@@ -368,8 +369,10 @@ pub fn encoder(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
         match image {
             Some(image) => compiled.set("images", &image.values())?,
             None => {
-                compiled.set_ids("input_ids", &required(tensors, "input.input_ids")?.values())?;
-                compiled.set("attention_mask", &required(tensors, "input.attention_mask")?.values())?;
+                let ids = required(tensors, "input.input_ids")?.values();
+                let mask = tensors.get("input.attention_mask").map(Tensor::values);
+                compiled.set("attention_mask", &mask.unwrap_or_else(|| vec![1.0; ids.len()]))?;
+                compiled.set_ids("input_ids", &ids)?;
             }
         }
         for c in &seeded {

@@ -10,7 +10,7 @@ use clip_host_plugin_api::scheduler::{Progress, ScheduleRequest};
 use clip_host_plugins::{Plugin, Registry, inspect};
 use serde_json::Value;
 
-const PACKAGES: [(&str, Kind, &str); 11] = [
+const PACKAGES: [(&str, Kind, &str); 12] = [
     ("clip-loss-clip", Kind::Loss, "clip"),
     ("clip-loss-isogclr", Kind::Loss, "isogclr"),
     ("clip-loss-dynamic-temperature", Kind::Loss, "dynamic_temperature"),
@@ -20,6 +20,7 @@ const PACKAGES: [(&str, Kind, &str); 11] = [
     ("clip-encoder-vit", Kind::Encoder, "vit"),
     ("clip-encoder-distilbert", Kind::Encoder, "distilbert"),
     ("clip-encoder-bert", Kind::Encoder, "bert"),
+    ("clip-encoder-clip-text", Kind::Encoder, "clip_text"),
     ("clip-scheduler-constant", Kind::Scheduler, "constant"),
     ("clip-scheduler-cosine", Kind::Scheduler, "cosine"),
 ];
