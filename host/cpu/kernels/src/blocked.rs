@@ -10,7 +10,7 @@
 //! partial products are added in ascending order.
 
 use crate::elements::{Element, ElementsMut, bf16};
-use crate::microkernel::{MAX_MR, MAX_NR, MicroKernels, Moments, Narrow, SLACK, Source, Tile, micro_kernels, prefetch};
+use crate::microkernel::{MAX_MR, MAX_NR, MicroKernels, Moments, Narrow, SLACK, Source, Tile, micro_kernels};
 use crate::moments::{Groups, SLOT_SUMS};
 use crate::threads::{SharedMut, ThreadPool};
 
@@ -83,8 +83,10 @@ pub(crate) trait Panels: Sync {
         }
     }
 
-    /// Hints that this panel is packed next.
-    fn prefetch(&self, _batch: usize, _line: usize, _lines: usize, _depth: usize, _len: usize) {}
+    /// Where the lines from `line` on lie, if each is one run of f32 from `depth` to `depth + len`; else false.
+    fn in_place(&self, _batch: usize, _line: usize, _depth: usize, _len: usize, _lines: &mut [*const f32]) -> bool {
+        false
+    }
 }
 
 /// Where the rows of C lie.
@@ -484,12 +486,12 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
         let (a_panel, sums) = (a_panel.as_mut_ptr(), sums.as_mut_ptr());
         let bias = finish.bias.map(|bias| &bias[block.batch * self.problem.bias_stride..]);
         let (mut c_rows, mut sum_rows) = ([0; MAX_MR], [0; MAX_MR]);
+        let mut lines = [std::ptr::null(); MAX_MR];
         for depth in block.depth.clone().step_by(self.depth) {
             let len = self.depth.min(block.depth.end - depth);
             let words = kernels.words(len);
             let first = depth == block.depth.start;
             let last = depth + len == block.depth.end;
-            let next_len = self.depth.min(block.depth.end - depth - len);
             let b_start = match packed {
                 Some(packed) => {
                     let (k, depth) = (kernels.words(self.problem.k), kernels.words(depth));
@@ -507,22 +509,12 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
             };
             for row in block.rows.clone().step_by(mr) {
                 let count = mr.min(block.rows.end - row);
-                // SAFETY: within the operand; the scratch has room for one panel and the slack.
-                unsafe { self.a.pack(kernels, block.batch, row, count, depth, len, a_panel, mr) };
+                let in_place = kernels.in_place && self.a.in_place(block.batch, row, depth, len, &mut lines[..count]);
+                if !in_place {
+                    // SAFETY: within the operand; the scratch has room for one panel and the slack.
+                    unsafe { self.a.pack(kernels, block.batch, row, count, depth, len, a_panel, mr) };
+                }
                 rows.offsets(block.batch, row, &mut c_rows[..count]);
-                let next = row + mr;
-                if next < block.rows.end {
-                    self.a.prefetch(block.batch, next, mr.min(block.rows.end - next), depth, len);
-                } else if !last {
-                    self.a.prefetch(block.batch, block.rows.start, mr.min(block.rows.len()), depth + len, next_len);
-                }
-                if packed.is_none() && !last {
-                    // Each panel of rows brings in its share of the next block of B.
-                    let (from, to) = (row - block.rows.start, next.min(block.rows.end) - block.rows.start);
-                    let part = |row: usize| next_len * row / block.rows.len();
-                    let (depth, len) = (depth + len + part(from), part(to) - part(from));
-                    self.b.prefetch(block.batch, block.cols.start, cols, depth, len);
-                }
                 // Sums go to C, or to the scratch memory until the last block of the depth.
                 let in_c = matches!(c, Target::F32(_));
                 for (at, offset) in sum_rows[..count].iter_mut().enumerate() {
@@ -554,6 +546,7 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
                     };
                     let tile = Tile {
                         a: a_panel,
+                        lines: if in_place { lines.as_ptr() } else { std::ptr::null() },
                         // SAFETY: within the packed block.
                         b: unsafe { b_start.add(col * words) },
                         depth: words,
@@ -686,13 +679,16 @@ impl<T: Source, F: Fn(usize) -> usize + Sync> Panels for Strided<'_, T, F> {
         }
     }
 
-    fn prefetch(&self, batch: usize, line: usize, lines: usize, depth: usize, len: usize) {
-        let start = self.data.as_ptr().wrapping_add(self.start(batch, line, depth));
-        if self.line == 1 {
-            (0..len).for_each(|k| prefetch(start.wrapping_add(k * self.depth), lines));
-        } else if self.depth == 1 {
-            (0..lines).for_each(|line| prefetch(start.wrapping_add(line * self.line), len));
+    fn in_place(&self, batch: usize, line: usize, depth: usize, len: usize, lines: &mut [*const f32]) -> bool {
+        if !T::WORD || self.depth != 1 {
+            return false;
         }
+        let start = self.start(batch, line, depth);
+        debug_assert!(start + (lines.len() - 1) * self.line + len <= self.data.len());
+        for (at, line) in lines.iter_mut().enumerate() {
+            *line = self.data.as_ptr().wrapping_add(start + at * self.line).cast();
+        }
+        true
     }
 }
 

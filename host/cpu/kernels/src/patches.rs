@@ -2,7 +2,7 @@
 
 use crate::blocked::Panels;
 use crate::conv::ConvShape;
-use crate::microkernel::{MAX_NR, MicroKernels, Source, ZEROS, prefetch};
+use crate::microkernel::{MAX_NR, MicroKernels, Source, ZEROS};
 
 /// The taps along one axis: tap number `n` is the kernel's `first + n * step`, and reads at a pixel's position plus
 /// `offset + n * distance`.
@@ -289,17 +289,20 @@ impl<T: Source> Panels for Patches<'_, T> {
         }
     }
 
-    fn prefetch(&self, batch: usize, line: usize, lines: usize, depth: usize, len: usize) {
-        // Larger windows overlap, so that most of the next panel is near already.
-        if self.ys.count * self.xs.count == 1 {
-            let mut pixel = self.pixel(line);
-            for _ in 0..lines {
-                if let Some(start) = self.at(&pixel, 0, 0, batch) {
-                    prefetch(self.data.as_ptr().wrapping_add(start + depth), len);
-                }
-                self.next(&mut pixel);
-            }
+    fn in_place(&self, batch: usize, line: usize, depth: usize, len: usize, lines: &mut [*const f32]) -> bool {
+        if !T::WORD || self.is_wide() || depth % self.group + len > self.group || len > ZEROS {
+            return false;
         }
+        let (tap, from) = (depth / self.group, depth % self.group);
+        let mut pixel = self.pixel(line);
+        for line in lines {
+            *line = match self.at(&pixel, tap / self.xs.count, tap % self.xs.count, batch) {
+                Some(start) => self.data[start + from..start + from + len].as_ptr().cast(),
+                None => T::zeros().as_ptr().cast(),
+            };
+            self.next(&mut pixel);
+        }
+        true
     }
 }
 
@@ -441,18 +444,6 @@ impl<T: Source> Panels for PatchColumns<'_, T> {
                 // SAFETY: the caller promises the panels that the segments are in.
                 unsafe { self.pack_segments(kernels, batch, &segments[..count], depth, len, dst, width) };
                 count = 0;
-            }
-        }
-    }
-
-    fn prefetch(&self, batch: usize, line: usize, lines: usize, depth: usize, len: usize) {
-        if self.0.ys.count * self.0.xs.count == 1 {
-            let mut pixel = self.0.pixel(depth);
-            for _ in 0..len {
-                if let Some(start) = self.0.at(&pixel, 0, 0, batch) {
-                    prefetch(self.0.data.as_ptr().wrapping_add(start + line), lines);
-                }
-                self.0.next(&mut pixel);
             }
         }
     }

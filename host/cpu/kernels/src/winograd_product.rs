@@ -3,6 +3,7 @@
 //! Their left operand is not packed: transforms store it in one of two layouts from which single values are
 //! broadcast, so that no transpose is needed.
 
+use crate::microkernel::prefetch_near;
 use crate::winograd_vector::{Vector, Work};
 
 /// Columns of a panel of the right operand.
@@ -95,6 +96,7 @@ impl Product {
                     let mut columns = [V::splat(0.0); VECTORS];
                     for v in 0..VECTORS {
                         columns[v] = V::load(b.add(v * V::LANES));
+                        prefetch_near(b.wrapping_add(16 * COLS + v * V::LANES));
                     }
                     for row in 0..ROWS {
                         let value = V::splat(*a.add(row * row_step));

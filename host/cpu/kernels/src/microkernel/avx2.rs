@@ -14,6 +14,7 @@ const fn table<const ROUND: bool>() -> MicroKernels {
         mr: 6,
         nr: 16,
         pair: 1,
+        in_place: false,
         multiply,
         from_f32: Packers { transpose: transpose::<f32, ROUND>, rows: rows_avx2::<f32, ROUND> },
         from_bf16: Packers { transpose: transpose::<bf16, ROUND>, rows: rows_avx2::<bf16, ROUND> },

@@ -8,13 +8,17 @@ use super::portable::{rows, transpose_copied};
 use super::{MicroKernels, Moments, Packers, Tile};
 use crate::elements::{Element, bf16};
 
-pub(super) static PLAIN: MicroKernels =
-    MicroKernels { from_f32: Packers { transpose, rows: rows_avx512::<f32, false> }, ..table::<false>() };
+pub(super) static PLAIN: MicroKernels = MicroKernels {
+    in_place: true,
+    from_f32: Packers { transpose, rows: rows_avx512::<f32, false> },
+    ..table::<false>()
+};
 pub(super) static ROUNDED: MicroKernels = table::<true>();
 pub(super) static PAIRS: MicroKernels = MicroKernels {
     mr: MR,
     nr: NR,
     pair: 2,
+    in_place: false,
     multiply: multiply_pairs,
     from_f32: Packers { transpose: transpose_pairs_f32, rows: rows_pairs_f32 },
     from_bf16: Packers { transpose: transpose_pairs_bf16, rows: rows_pairs_bf16 },
@@ -22,12 +26,16 @@ pub(super) static PAIRS: MicroKernels = MicroKernels {
 
 const MR: usize = 12;
 const NR: usize = 32;
+/// How many rows ahead B is brought from the second-level cache: it streams through the first, which has no room for
+/// the block, and what the processor looks ahead by itself is a few rows.
+const AHEAD: usize = 16;
 
 const fn table<const ROUND: bool>() -> MicroKernels {
     MicroKernels {
         mr: MR,
         nr: NR,
         pair: 1,
+        in_place: false,
         multiply,
         from_f32: Packers { transpose: transpose_avx512::<f32, ROUND>, rows: rows_avx512::<f32, ROUND> },
         from_bf16: Packers { transpose: transpose_bf16, rows: rows_avx512::<bf16, false> },
@@ -53,7 +61,11 @@ macro_rules! dispatch {
 /// # Safety
 /// See [`MicroKernels::multiply`].
 unsafe fn multiply(tile: &Tile) {
-    dispatch!(multiply_tile, tile, 1 2 3 4 5 6 7 8 9 10 11 12)
+    if tile.lines.is_null() {
+        dispatch!(multiply_packed, tile, 1 2 3 4 5 6 7 8 9 10 11 12)
+    } else {
+        dispatch!(multiply_lines, tile, 1 2 3 4 5 6 7 8 9 10 11 12)
+    }
 }
 
 /// # Safety
@@ -65,26 +77,48 @@ unsafe fn multiply_pairs(tile: &Tile) {
 /// # Safety
 /// See [`MicroKernels::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn multiply_packed<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
+    // SAFETY: the caller's promise.
+    unsafe { multiply_tile::<ROWS, VECTORS, false>(tile) }
+}
+
+/// # Safety
+/// See [`MicroKernels::multiply`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn multiply_lines<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
+    // SAFETY: the caller's promise.
+    unsafe { multiply_tile::<ROWS, VECTORS, true>(tile) }
+}
+
+/// # Safety
+/// See [`MicroKernels::multiply`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 // Counted loops over constants, which the compiler unrolls into registers.
 #[allow(clippy::needless_range_loop)]
-unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
+unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize, const IN_PLACE: bool>(tile: &Tile) {
     let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
     let (mut a, mut b) = (tile.a, tile.b);
     // SAFETY: packed panels have whole rows and columns; the rest is the caller's promise.
     unsafe {
         prefetch_tile::<ROWS, VECTORS>(tile);
-        for _ in 0..tile.depth {
+        let mut lines = [std::ptr::null(); ROWS];
+        if IN_PLACE {
+            lines = tile.lines.cast::<[*const f32; ROWS]>().read();
+        }
+        for k in 0..tile.depth {
             let mut columns = [_mm512_setzero_ps(); VECTORS];
             for (v, column) in columns.iter_mut().enumerate() {
                 *column = _mm512_loadu_ps(b.add(16 * v));
+                _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD * NR + 16 * v).cast::<i8>());
             }
             for row in 0..ROWS {
-                let value = _mm512_set1_ps(*a.add(row));
+                let value = _mm512_set1_ps(if IN_PLACE { *lines[row].add(k) } else { *a.add(row) });
                 for v in 0..VECTORS {
                     acc[row][v] = _mm512_fmadd_ps(value, columns[v], acc[row][v]);
                 }
             }
-            a = a.add(MR);
+            a = a.wrapping_add(MR);
             b = b.add(NR);
         }
         if tile.narrow.is_none() && tile.moments.is_none() {

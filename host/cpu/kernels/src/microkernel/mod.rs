@@ -18,6 +18,8 @@ use crate::isa::Isa;
 pub(crate) struct Tile {
     /// Packed A: `a[k * mr + row]`.
     pub a: *const f32,
+    /// Null, or A in place of the packed one: row `r` is at `lines[r]`, for tables with [`MicroKernels::in_place`].
+    pub lines: *const *const f32,
     /// Packed B: `b[k * nr + col]`.
     pub b: *const f32,
     /// Words along the depth.
@@ -86,9 +88,11 @@ pub(crate) struct MicroKernels {
     pub nr: usize,
     /// Elements of a word.
     pub pair: usize,
+    /// Whether `multiply` can read rows of A where they are.
+    pub in_place: bool,
     /// # Safety
     /// The processor has the instruction set; `0 < rows <= mr`, `0 < cols <= nr`; A is readable for `depth * mr`
-    /// words, B for `depth * nr`; the others for `rows` by `cols`.
+    /// words, or each of its lines for `depth`, B for `depth * nr`; the others for `rows` by `cols`.
     pub multiply: unsafe fn(&Tile),
     pub from_f32: Packers<f32>,
     pub from_bf16: Packers<bf16>,
@@ -123,6 +127,9 @@ impl MicroKernels {
 
 /// An element type that panels are packed from.
 pub(crate) trait Source: Element {
+    /// Whether an element is a word of a panel as it is.
+    const WORD: bool;
+
     fn packers(kernels: &MicroKernels) -> &Packers<Self>;
 
     /// What is read where an operand has nothing.
@@ -133,6 +140,8 @@ pub(crate) trait Source: Element {
 pub(crate) const ZEROS: usize = 1024;
 
 impl Source for f32 {
+    const WORD: bool = true;
+
     fn packers(kernels: &MicroKernels) -> &Packers<f32> {
         &kernels.from_f32
     }
@@ -144,6 +153,8 @@ impl Source for f32 {
 }
 
 impl Source for bf16 {
+    const WORD: bool = false;
+
     fn packers(kernels: &MicroKernels) -> &Packers<bf16> {
         &kernels.from_bf16
     }
@@ -180,15 +191,15 @@ pub(crate) fn micro_kernels(isa: Isa, half: bool) -> &'static MicroKernels {
     }
 }
 
-/// Asks for `len` elements from `start` on to be brought into the second-level cache; a hint without effect on results.
+/// Asks for the cache line of an address to be brought into the first-level cache; a hint without effect on results.
 #[inline(always)]
-pub(crate) fn prefetch<T>(start: *const T, len: usize) {
+pub(crate) fn prefetch_near(address: *const f32) {
     #[cfg(target_arch = "x86_64")]
-    for at in (0..len * size_of::<T>()).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch does not access memory as far as the program can tell, and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(start.cast::<i8>().wrapping_add(at)) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast::<i8>()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (start, len);
+    let _ = address;
 }

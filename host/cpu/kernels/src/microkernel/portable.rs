@@ -11,6 +11,7 @@ const fn table<const ROUND: bool>() -> MicroKernels {
         mr: 4,
         nr: 8,
         pair: 1,
+        in_place: false,
         multiply,
         from_f32: Packers { transpose: transpose::<f32, ROUND>, rows: rows::<f32, ROUND> },
         from_bf16: Packers { transpose: transpose::<bf16, ROUND>, rows: rows::<bf16, ROUND> },
