@@ -306,6 +306,12 @@ fn encoder_vit() {
 }
 
 #[test]
+fn encoder_mixer() {
+    let counts = encoder("mixer", "mixer", "(patch_size: 8, num_blocks: 2, embed_dim: 32, mlp_ratio: (0.5, 4.0))");
+    assert_eq!((counts["eval.grad."], counts["train.grad."]), (28, 28));
+}
+
+#[test]
 fn encoder_distilbert() {
     let config = "(vocab_size: 97, max_position_embeddings: 20, dim: 32, hidden_dim: 64, n_heads: 4, n_layers: 2, \
                   dropout: 0.0, attention_dropout: 0.0)";
