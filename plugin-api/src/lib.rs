@@ -53,6 +53,7 @@ pub mod decompose;
 pub mod describe;
 pub mod encoder;
 pub mod export;
+pub mod global;
 pub mod gradient;
 pub mod graph;
 pub mod interpret;

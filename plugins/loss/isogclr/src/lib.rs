@@ -16,12 +16,18 @@
 //! u ← (1 − β)·u + β·G;  τ ← clamp(τ − η·u, tau_min, tau_max)
 //! ```
 //!
+//! With `network` the temperatures come from a network over the features instead of the tables u and τ; see [`network`].
+//!
 //! Qiu et al., "Not All Semantics are Created Equal: Contrastive Self-supervised Learning with Automatic Temperature
 //! Individualization", ICML 2023, arXiv:2305.11965; the estimator is SogCLR's, Yuan et al., ICML 2022,
 //! arXiv:2202.12387. The defaults are those of the published code, whose η is smaller than the paper's and whose G is
-//! clipped. Temperatures from a network are not offered yet.
+//! clipped.
 
+pub mod network;
+
+use clip_host_plugin_api::global::{Denominators, SampleTable};
 use clip_host_plugin_api::prelude::*;
+use network::NetworkConfig;
 
 /// Settings of the `isogclr` loss.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -55,6 +61,9 @@ pub struct IsogClrConfig {
     /// Lowest divisor of the weights, ε.
     #[schemars(range(min = 0.0, max = 0.001))]
     pub eps: f64,
+    /// Temperatures from a network between `tau_min` and `tau_max` instead of a table: `tau_init`, `eta`, `beta_u` and
+    /// `grad_clip` then do nothing.
+    pub network: Option<NetworkConfig>,
 }
 
 impl Default for IsogClrConfig {
@@ -70,6 +79,7 @@ impl Default for IsogClrConfig {
             tau_min: 0.005,
             tau_max: 0.05,
             eps: 1e-14,
+            network: None,
         }
     }
 }
@@ -96,19 +106,29 @@ impl Loss for IsogClr {
             )));
         }
         let similarity = inputs.image_features.matmul(inputs.text_features.t());
-        let images = Side { letter: "I", name: "image", ids: inputs.image_ids, rho: config.rho_image };
-        let texts = Side { letter: "T", name: "text", ids: inputs.text_ids, rho: config.rho_text };
+        let side = |letter, name, ids, features, rho| Side { letter, name, ids, features, rho };
+        let images = side("I", "image", inputs.image_ids, inputs.image_features, config.rho_image);
+        let texts = side("T", "text", inputs.text_ids, inputs.text_features, config.rho_text);
         Ok(images.loss(config, graph, inputs, similarity) + texts.loss(config, graph, inputs, similarity.t()))
     }
+}
+
+/// Where the temperatures of a side come from.
+enum Source<'g> {
+    /// One number for each sample, and its momentum.
+    Tables { tau: SampleTable<'g>, u: SampleTable<'g> },
+    /// A network's answers for the batch.
+    Network(Tensor<'g>),
 }
 
 /// What images and texts differ in.
 struct Side<'g> {
     /// Ends the names of the tables.
     letter: &'static str,
-    /// Begins the names of the metrics.
+    /// Begins the names of the metrics and of the network's parameters.
     name: &'static str,
     ids: Tensor<'g>,
+    features: Tensor<'g>,
     rho: f64,
 }
 
@@ -122,40 +142,46 @@ impl<'g> Side<'g> {
         similarity: Tensor<'g>,
     ) -> Tensor<'g> {
         let table = |name: &str, start: f64| {
-            graph.state(&format!("{name}_{}", self.letter), &[inputs.dataset_size], Init::Constant(start))
+            SampleTable::new(graph, inputs, &format!("{name}_{}", self.letter), self.ids, start)
         };
-        let (s, b, u, tau) = (table("s", 0.0), table("b", 0.0), table("u", 0.0), table("tau", config.tau_init));
-        let old = |table: Tensor<'g>| table.gather(self.ids);
-        let store = |table: Tensor<'g>, rows: Tensor<'g>| graph.update(table, table.scatter(self.ids, rows));
+        let source = match &config.network {
+            Some(network) => {
+                Source::Network(network.temperatures(graph, self.name, self.features, [config.tau_min, config.tau_max]))
+            }
+            None => Source::Tables { tau: table("tau", config.tau_init), u: table("u", 0.0) },
+        };
+        let tau = match source {
+            Source::Network(tau) => tau,
+            Source::Tables { tau, .. } => tau.rows(),
+        };
+        graph.metric(&format!("{}_tau", self.name), tau.mean_all());
 
         let difference = similarity - similarity.diagonal().unsqueeze(-1);
-        let tau_used = old(tau);
-        let h = difference.detach() / tau_used.unsqueeze(-1);
-
-        // The diagonal of h is 0, so b starts at 0 or above and never falls.
-        let top = old(b).maximum(h.max(&[-1], false));
-        let e = graph.eye(inputs.batch).where_(0.0, (h - top.unsqueeze(-1)).exp());
-        let g = e.sum(&[-1], false);
-        let average = old(s) * (old(b) - top).exp() * (1.0 - config.gamma) + g * config.gamma;
-        let s_new = inputs.epoch.eq(0.0).where_(g, average);
-        let divisor = s_new.maximum(config.eps);
-        let weights = e / divisor.unsqueeze(-1);
+        let h = difference.detach() / tau.detach().unsqueeze(-1);
+        let exponentials = Denominators::new(graph, inputs, self.letter, self.ids).update(h, config.gamma, 1.0);
+        let divisor = exponentials.average.sum.maximum(config.eps);
+        let weights = exponentials.values / divisor.unsqueeze(-1);
+        let loss = (weights * difference).sum(&[-1], false).mean_all();
 
         let others = (inputs.batch - 1) as f64;
-        let gradient = (divisor / others).ln() + top + self.rho - (weights * h).sum(&[-1], false);
-        let gradient = match config.grad_clip {
-            limit if limit > 0.0 => gradient.clamp(-limit, limit),
-            _ => gradient,
+        let gradient =
+            (divisor / others).ln() + exponentials.average.shift + self.rho - (weights * h).sum(&[-1], false);
+        let (loss, gradient) = match source {
+            // The parameters follow the gradient by way of the loss.
+            Source::Network(tau) => (loss + (tau * gradient).mean_all(), gradient),
+            Source::Tables { tau: table, u } => {
+                let gradient = match config.grad_clip {
+                    limit if limit > 0.0 => gradient.clamp(-limit, limit),
+                    _ => gradient,
+                };
+                let momentum = u.rows() * (1.0 - config.beta_u) + gradient * config.beta_u;
+                u.store(momentum);
+                table.store((tau - momentum * config.eta).clamp(config.tau_min, config.tau_max));
+                (loss, gradient)
+            }
         };
-        let u_new = old(u) * (1.0 - config.beta_u) + gradient * config.beta_u;
-
-        store(s, s_new);
-        store(b, top);
-        store(u, u_new);
-        store(tau, (tau_used - u_new * config.eta).clamp(config.tau_min, config.tau_max));
-        graph.metric(&format!("{}_tau", self.name), tau_used.mean_all());
         graph.metric(&format!("{}_tau_grad", self.name), gradient.mean_all());
-        (weights * difference).sum(&[-1], false).mean_all()
+        loss
     }
 }
 
