@@ -145,6 +145,75 @@ fn loss_isogclr() {
     }
 }
 
+/// Gradients of the network's weights, and temperatures by their means: the file has them for each row.
+#[test]
+fn loss_isogclr_with_a_temperature_network() {
+    let case = Case::load("losses", "isogclr_tempnet");
+    let settings = [("gamma", "gamma"), ("rho_image", "rho_I"), ("rho_text", "rho_T"), ("eps", "eps")]
+        .map(|(key, name)| format!("{key}: {:e}", case.number(name)));
+    let limits = ["tau_min", "tau_max"].map(|key| format!("{key}: {}", case.number(key)));
+    let network = format!("prototypes: {}, dropout: {:?}", case.count("prototypes_M"), case.number("dropout"));
+    let config = format!("({}, {}, network: Some(({network})))", settings.join(", "), limits.join(", "));
+    let tensors = expected(&case, &[]);
+    let weights: Vec<&str> = tensors.into_iter().filter(|name| name.starts_with("grad.")).collect();
+    assert_eq!(weights.len(), 12);
+    let others = [&["tau_image", "tau_text"], &weights[..]].concat();
+    let (case, got) = loss("isogclr", "isogclr_tempnet", &config, &others);
+    let steps = case.count("steps");
+    for name in weights {
+        let values = get(&got, &case, &name.replacen("grad.", "grad_", 1));
+        Tolerance::of(&case, None).compare(&format!("isogclr_tempnet {name}"), steps, values, case.tensor(name));
+    }
+    for (metric, tensor) in [("image_tau", "tau_image"), ("text_tau", "tau_text")] {
+        let mean = |step| case.step(tensor, step).iter().sum::<f64>() / case.count("batch") as f64;
+        let means: Vec<f64> = (0..steps).map(mean).collect();
+        let strict = Tolerance::of(&case, Some("tau_tensors"));
+        strict.compare(&format!("isogclr_tempnet {metric}"), steps, get(&got, &case, metric), &means);
+    }
+}
+
+#[test]
+fn loss_cyclip() {
+    for name in ["cyclip", "cyclip_lambdas"] {
+        let case = Case::load("losses", name);
+        let settings = ["temperature", "lambda_1", "lambda_2"].map(|key| format!("{key}: {:e}", case.number(key)));
+        // Learnable, for the gradient of the temperature.
+        loss("cyclip", name, &format!("({}, learnable: true)", settings.join(", ")), &[]);
+    }
+}
+
+#[test]
+fn loss_sogclr() {
+    for name in
+        ["sogclr", "sogclr_gamma01_temp007", "edge_identical_sogclr", "edge_tiny_tau_sogclr", "edge_batch2_sogclr"]
+    {
+        let case = Case::load("losses", name);
+        let settings = ["gamma", "temperature", "eps"].map(|key| format!("{key}: {:e}", case.number(key)));
+        loss("sogclr", name, &format!("({})", settings.join(", ")), &[]);
+    }
+}
+
+/// The case's features are embeddings before normalisation.
+#[test]
+fn loss_vicreg() {
+    for name in ["vicreg", "vicreg_coeffs"] {
+        let case = Case::load("losses", name);
+        let settings = ["sim_coeff", "std_coeff", "cov_coeff", "std_eps"];
+        let settings = settings.map(|key| format!("{key}: {:e}", case.number(key)));
+        loss("vicreg", name, &format!("({})", settings.join(", ")), &[]);
+    }
+}
+
+#[test]
+fn loss_onlineclr() {
+    for name in ["onlineclr", "onlineclr_temp005"] {
+        let case = Case::load("losses", name);
+        let factor = case.number("positive_temperature") / case.number("temperature");
+        let settings = ["temperature", "gamma"].map(|key| format!("{key}: {:e}", case.number(key)));
+        loss("onlineclr", name, &format!("({}, positive_factor: {factor:e})", settings.join(", ")), &[]);
+    }
+}
+
 #[test]
 fn loss_dynamic_temperature() {
     for name in ["dynamic_temperature", "dynamic_temperature_clamped"] {

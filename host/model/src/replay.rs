@@ -58,6 +58,18 @@ pub type Tensors = BTreeMap<String, Tensor>;
 /// Names under which the golden files know a parameter.
 const ALIASES: [(&str, &str); 1] = [("logit_scale", "t")];
 
+/// The embeddings before normalisation, and what stands for them where a file has none.
+const EMBEDDINGS: [(&str, &str); 2] = [("image_embeddings", "image_features"), ("text_embeddings", "text_features")];
+
+/// Whether a node of the fragment reads the leaf.
+fn reads(fragment: &Fragment, leaf: &str) -> bool {
+    fragment
+        .nodes
+        .iter()
+        .flat_map(|node| &node.inputs)
+        .any(|&id| matches!(&fragment.nodes[id as usize].op, Op::Input { name } if name == leaf))
+}
+
 fn alias(name: &str) -> &str {
     ALIASES.iter().find(|a| a.0 == name).map_or(name, |a| a.1)
 }
@@ -213,7 +225,9 @@ impl Stacks {
 
 /// `image_features text_features [image_ids text_ids epoch]`, stacked over steps, and parameters by name (once, or for
 /// each step as `<name>_raw`) in; `loss grad_image_features grad_text_features state.* grad_<param> <param>_used` and the
-/// metrics out. Without ids, rows are numbered from 0. The data set's size is that of a `state.*` or parameter table
+/// metrics out. Without ids, rows are numbered from 0. A loss that reads embeddings before normalisation gets
+/// `image_embeddings text_embeddings`, and answers with `grad_image_embeddings grad_text_embeddings`; without them the
+/// features are the embeddings too, and their gradients have both ways in them. The data set's size is that of a `state.*` or parameter table
 /// among the inputs, else one more than the largest id.
 pub fn loss(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
     let images = required(tensors, "image_features")?;
@@ -237,14 +251,16 @@ pub fn loss(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
         Op::Param { name, .. } => Some(name.clone()),
         _ => None,
     }));
+    wrt.extend(EMBEDDINGS.iter().filter(|pair| reads(&fragment, pair.0)).map(|pair| pair.0.to_string()));
     let mut compiled = Compiled::new(&fragment, &[("loss".into(), None)], &wrt)?;
     let leaves = compiled.leaves.clone();
     let mut out = Stacks::default();
     for step in 0..steps {
         compiled.set("image_features", &images.step(step))?;
         compiled.set("text_features", &texts.step(step))?;
-        for (raw, features) in [("image_embeddings", images), ("text_embeddings", texts)] {
-            compiled.set(raw, &tensors.get(raw).unwrap_or(features).step(step))?;
+        for (embeddings, features) in EMBEDDINGS {
+            let given = tensors.get(embeddings).map_or_else(|| required(tensors, features), Ok)?;
+            compiled.set(embeddings, &given.step(step))?;
         }
         for name in ["image_ids", "text_ids"] {
             compiled.set_ids(name, &ids(name, step))?;
@@ -260,14 +276,23 @@ pub fn loss(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
             }
         }
         compiled.run(step as u64)?;
+        for (embeddings, features) in EMBEDDINGS {
+            let mut gradient = compiled.get(&format!("grad.{features}")).unwrap_or_default();
+            if let Some(of_embeddings) = compiled.get(&format!("grad.{embeddings}")) {
+                if tensors.contains_key(embeddings) {
+                    out.push(format!("grad_{embeddings}"), &[batch, embed_dim], &of_embeddings);
+                } else {
+                    gradient.iter_mut().zip(of_embeddings).for_each(|(sum, g)| *sum += g);
+                }
+            }
+            out.push(format!("grad_{features}"), &[batch, embed_dim], &gradient);
+        }
         let mut take = |output: &str, name: String, shape: &[usize]| {
             if let Some(values) = compiled.get(output) {
                 out.push(name, shape, &values);
             }
         };
         take("loss", "loss".into(), &[]);
-        take("grad.image_features", "grad_image_features".into(), &[batch, embed_dim]);
-        take("grad.text_features", "grad_text_features".into(), &[batch, embed_dim]);
         for (name, shape, _, is_param) in &leaves {
             if *is_param {
                 take(&format!("grad.{name}"), format!("grad_{}", alias(name)), shape);
