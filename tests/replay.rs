@@ -375,6 +375,21 @@ fn encoder_vit() {
 }
 
 #[test]
+fn encoder_convnext() {
+    let counts = encoder("convnext", "convnext", "(depths: (1, 1, 2, 1), dims: (8, 12, 16, 24))");
+    assert_eq!((counts["eval.grad."], counts["train.grad."]), (63, 63));
+}
+
+#[test]
+fn encoder_swin() {
+    let config = "(patch_size: 2, window_size: 4, embed_dim: 16, depths: (2, 2), num_heads: (2, 4), mlp_ratio: 2.0, \
+                  drop_path_rate: 0.0)";
+    let counts = encoder("swin", "swin", config);
+    assert_eq!(counts["eval.grad."], counts["train.grad."]);
+    assert_eq!(counts["eval.grad."], 61);
+}
+
+#[test]
 fn encoder_mixer() {
     let counts = encoder("mixer", "mixer", "(patch_size: 8, num_blocks: 2, embed_dim: 32, mlp_ratio: (0.5, 4.0))");
     assert_eq!((counts["eval.grad."], counts["train.grad."]), (28, 28));

@@ -10,7 +10,7 @@ use clip_host_plugin_api::scheduler::{Progress, ScheduleRequest};
 use clip_host_plugins::{Plugin, Registry, inspect};
 use serde_json::Value;
 
-const PACKAGES: [(&str, Kind, &str); 13] = [
+const PACKAGES: [(&str, Kind, &str); 15] = [
     ("clip-loss-clip", Kind::Loss, "clip"),
     ("clip-loss-isogclr", Kind::Loss, "isogclr"),
     ("clip-loss-dynamic-temperature", Kind::Loss, "dynamic_temperature"),
@@ -18,6 +18,8 @@ const PACKAGES: [(&str, Kind, &str); 13] = [
     ("clip-optimizer-radam", Kind::Optimizer, "radam"),
     ("clip-encoder-resnet", Kind::Encoder, "resnet"),
     ("clip-encoder-vit", Kind::Encoder, "vit"),
+    ("clip-encoder-convnext", Kind::Encoder, "convnext"),
+    ("clip-encoder-swin", Kind::Encoder, "swin"),
     ("clip-encoder-mixer", Kind::Encoder, "mixer"),
     ("clip-encoder-distilbert", Kind::Encoder, "distilbert"),
     ("clip-encoder-bert", Kind::Encoder, "bert"),
@@ -45,7 +47,7 @@ fn exercise(plugin: &Plugin, config: Value) {
         }
         Kind::Encoder => {
             let input = match plugin.id() {
-                "resnet" | "vit" | "mixer" => InputShape::Image { height: 64, width: 64 },
+                "resnet" | "vit" | "convnext" | "swin" | "mixer" => InputShape::Image { height: 64, width: 64 },
                 _ => InputShape::Text { length: 30 },
             };
             for training in [true, false] {
