@@ -24,6 +24,8 @@ const COLS: usize = 384;
 const PACK_COLS: usize = 256;
 /// Tasks that a split of the depth aims for.
 const SPLIT_TASKS: usize = 32;
+/// Rows of a task of a split, at most.
+const SPLIT_ROWS: usize = 8 * ROWS;
 /// Largest C for which the depth is split, in elements.
 const SPLIT_ELEMENTS: usize = 256 * 1024;
 /// Largest B that is packed as a whole, in words.
@@ -169,8 +171,7 @@ pub(crate) unsafe fn multiply<A: Panels, B: Panels, C: Rows>(
         return;
     }
     let kernels = micro_kernels(pool.isa(), p.half);
-    let depth = block_depth(p.k, kernels.pair);
-    let (chunks, chunk) = depth_chunks(p, depth);
+    let Depth { block: depth, chunks, chunk } = Depth::of(p, kernels.pair);
     let groups = Groups { rows: p.m, cols: p.moments, group: moment_rows(p) };
     let mut sums = pool.shared_scratch(SLOT_SUMS, groups.len());
     let shared_sums = (p.moments > 0).then(|| SharedMut::new(&mut sums));
@@ -192,21 +193,33 @@ fn moment_rows(p: &Problem) -> usize {
     if p.m >= 128 * ROWS { ROWS } else { ROWS / 2 }
 }
 
-/// Elements along the depth of the blocks: even parts of at most `DEPTH` words.
-fn block_depth(k: usize, pair: usize) -> usize {
-    k.div_ceil(k.div_ceil(DEPTH * pair)).next_multiple_of(4)
+/// How the depth is cut, from the shape alone.
+struct Depth {
+    /// Elements of a block: even parts of at most `DEPTH` words.
+    block: usize,
+    /// Chunks that are multiplied apart, and their length, a multiple of a block's.
+    chunks: usize,
+    chunk: usize,
 }
 
-/// Into how many chunks the depth is cut, and their length, from the shape alone.
-fn depth_chunks(p: &Problem, depth: usize) -> (usize, usize) {
-    let tiles = p.batch * p.n.div_ceil(COLS) * p.m.div_ceil(8 * ROWS);
-    if p.moments > 0 || p.m * p.n * p.batch > SPLIT_ELEMENTS || p.k < 4 * DEPTH || tiles >= SPLIT_TASKS {
-        return (1, p.k);
+impl Depth {
+    fn of(p: &Problem, pair: usize) -> Depth {
+        let even = |parts: usize| p.k.div_ceil(parts).next_multiple_of(4);
+        let blocks = p.k.div_ceil(DEPTH * pair);
+        let tiles = p.batch * p.n.div_ceil(COLS) * p.m.div_ceil(SPLIT_ROWS);
+        let size = p.m * p.n * p.batch;
+        if p.moments > 0 || size > SPLIT_ELEMENTS || p.k < 4 * DEPTH || tiles >= SPLIT_TASKS {
+            return Depth { block: even(blocks), chunks: 1, chunk: p.k };
+        }
+        // Where C is large, the sum of the parts costs memory traffic: chunks of two blocks and more. An even number
+        // leaves no thread idle at the end where there are few.
+        let most = if size > SPLIT_ELEMENTS / 4 { blocks / 2 } else { blocks };
+        let chunks = (SPLIT_TASKS / tiles).min(most.next_multiple_of(2)).max(1);
+        let per_chunk = blocks.div_ceil(chunks);
+        let block = even(chunks * per_chunk);
+        let chunk = per_chunk * block;
+        Depth { block, chunks: p.k.div_ceil(chunk), chunk }
     }
-    let blocks = p.k.div_ceil(depth);
-    let wanted = (SPLIT_TASKS / tiles).min(blocks / 2).max(1);
-    let chunk = blocks.div_ceil(wanted) * depth;
-    (p.k.div_ceil(chunk), chunk)
 }
 
 /// A product over no depth: zero, plus bias.
@@ -399,18 +412,21 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
         let size = p.batch * p.m * p.n;
         let mut partial = pool.shared_scratch(SLOT_PARTIAL, chunks * size);
         let partial = SharedMut::new(&mut partial);
-        let row_tasks = p.m.div_ceil(8 * ROWS);
-        let col_tasks = p.n.div_ceil(COLS);
+        let (row_tasks, col_tasks) = (p.m.div_ceil(SPLIT_ROWS), p.n.div_ceil(COLS));
+        let (rows_per_task, cols_per_task) = (
+            p.m.div_ceil(row_tasks).next_multiple_of(self.kernels.mr),
+            p.n.div_ceil(col_tasks).next_multiple_of(self.kernels.nr),
+        );
         let tiles = p.batch * row_tasks * col_tasks;
-        pool.reserve_scratch(self.b_scratch(p.n.min(COLS)) + self.a_scratch());
+        pool.reserve_scratch(self.b_scratch(p.n.min(cols_per_task)) + self.a_scratch());
         pool.run(tiles * chunks, &|task, worker| {
             let (part, tile) = (task / tiles, task % tiles);
             let (batch, tile) = (tile / (row_tasks * col_tasks), tile % (row_tasks * col_tasks));
-            let (row, col) = (tile / col_tasks * 8 * ROWS, tile % col_tasks * COLS);
+            let (row, col) = (tile / col_tasks * rows_per_task, tile % col_tasks * cols_per_task);
             let block = Block {
                 batch,
-                rows: row..p.m.min(row + 8 * ROWS),
-                cols: col..p.n.min(col + COLS),
+                rows: row.min(p.m)..p.m.min(row + rows_per_task),
+                cols: col.min(p.n)..p.n.min(col + cols_per_task),
                 depth: part * chunk..p.k.min((part + 1) * chunk),
             };
             let dense = DenseRows { start: part * size, row: p.n, batch: p.m * p.n };
