@@ -76,6 +76,40 @@ fn build(workspace: &Path, target: &Path, offline: bool) -> (bool, String) {
     (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
+/// A plugin of the folder `plugins`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FirstParty {
+    /// The folder that it lies in: `loss`, `optimizer`, `encoder` or `scheduler`.
+    pub kind: String,
+    /// The name in recipes: that of its folder, with `_` for `-`.
+    pub id: String,
+    /// The package: `clip-loss-clip`.
+    pub package: String,
+}
+
+/// All of them, by kind and name: a folder `plugins/KIND/NAME` holds the package `clip-KIND-NAME`.
+pub fn first_party_plugins() -> Vec<FirstParty> {
+    let folders = |path: PathBuf| {
+        let entries = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let entries = entries.map(|entry| entry.expect("folders can be listed"));
+        let folders = entries.filter(|entry| entry.path().is_dir());
+        folders.map(|entry| entry.file_name().into_string().expect("names are UTF-8")).collect::<Vec<_>>()
+    };
+    let plugins = root().join("plugins");
+    let mut found = Vec::new();
+    for kind in folders(plugins.clone()) {
+        for name in folders(plugins.join(&kind)) {
+            if !plugins.join(&kind).join(&name).join("Cargo.toml").is_file() {
+                continue;
+            }
+            let (id, package) = (name.replace('-', "_"), format!("clip-{kind}-{name}"));
+            found.push(FirstParty { kind: kind.clone(), id, package });
+        }
+    }
+    found.sort();
+    found
+}
+
 /// Builds first-party plugins by their packages' names, `first_party(&["clip-loss-clip"])`, and returns the folder with
 /// their libraries. The folder may hold others, too, from earlier builds: pick by file with [`first_party_library`].
 pub fn first_party(packages: &[&str]) -> PathBuf {
