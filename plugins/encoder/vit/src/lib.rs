@@ -10,8 +10,9 @@ use thiserror::Error;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct VitConfig {
-    /// A published network; it sets `patch_size`, `embed_dim`, `depth` and `num_heads`, which then must be left out (or
-    /// agree). Images of another size than its name says get as many positions as they have patches.
+    /// A published network; it sets `patch_size`, `embed_dim`, `depth`, `num_heads`, `pre_norm`, `quick_gelu` and
+    /// `norm_eps`, which then must be left out (or agree). Images of another size than its name says get as many positions
+    /// as they have patches.
     pub preset: Option<Preset>,
     /// Side of a square patch in pixels; the images' sides are multiples of it.
     #[schemars(range(min = 1, max = 1024))]
@@ -30,8 +31,21 @@ pub struct VitConfig {
     pub mlp_ratio: f64,
     /// Whether queries, keys and values have a bias.
     pub qkv_bias: bool,
+    /// What the factors of each channel of a branch start with (layer scale, Touvron et al. 2021). None: there are no such
+    /// factors.
+    #[schemars(range(min = -10.0, max = 10.0))]
+    pub init_values: Option<f64>,
     /// Whether a learned token stands before the patches.
     pub class_token: bool,
+    /// Number of further learned tokens before the patches (registers, Darcet et al. 2024).
+    #[schemars(range(min = 0, max = 1024))]
+    pub reg_tokens: usize,
+    /// Whether only the patches have positions, and not the tokens before them.
+    pub no_embed_class: bool,
+    /// Whether there is a layer norm (`norm_pre`) before the first block too, as in CLIP; patches have no bias then.
+    pub pre_norm: bool,
+    /// Whether the feed-forward layers have x·sigmoid(1.702·x), as OpenAI's CLIP does, and not x·Φ(x).
+    pub quick_gelu: bool,
     /// How the tokens become one feature row: the class token (`token`), or the mean of the patches (`avg`).
     pub global_pool: Pooling,
     /// Whether the final layer norm comes after pooling (named `fc_norm`) and not before (`norm`). Left out: after `avg`,
@@ -68,7 +82,12 @@ impl Default for VitConfig {
             num_heads: 12,
             mlp_ratio: 4.0,
             qkv_bias: true,
+            init_values: None,
             class_token: true,
+            reg_tokens: 0,
+            no_embed_class: false,
+            pre_norm: false,
+            quick_gelu: false,
             global_pool: Pooling::Token,
             fc_norm: None,
             norm_eps: 1e-6,
@@ -87,7 +106,7 @@ impl Default for VitConfig {
 pub enum Pooling {
     /// The class token.
     Token,
-    /// The mean of the patches, without the class token.
+    /// The mean of the patches, without the tokens before them.
     Avg,
 }
 
@@ -112,25 +131,45 @@ pub enum Preset {
     Large14,
     #[serde(rename = "vit_huge_patch14_224")]
     Huge14,
+    #[serde(rename = "vit_base_patch32_clip_224")]
+    Base32Clip,
+    #[serde(rename = "vit_base_patch16_clip_224")]
+    Base16Clip,
+    #[serde(rename = "vit_large_patch14_clip_224")]
+    Large14Clip,
+    #[serde(rename = "vit_huge_patch14_clip_224")]
+    Huge14Clip,
+    #[serde(rename = "vit_base_patch32_clip_quickgelu_224")]
+    Base32ClipQuickGelu,
+    #[serde(rename = "vit_base_patch16_clip_quickgelu_224")]
+    Base16ClipQuickGelu,
+    #[serde(rename = "vit_large_patch14_clip_quickgelu_224")]
+    Large14ClipQuickGelu,
 }
 
 /// What a preset sets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Shape {
     pub patch_size: usize,
     pub embed_dim: usize,
     pub depth: usize,
     pub num_heads: usize,
+    pub pre_norm: bool,
+    pub quick_gelu: bool,
+    pub norm_eps: f64,
 }
 
 impl Shape {
-    /// The settings by name.
-    fn settings(self) -> [(&'static str, usize); 4] {
+    /// The settings by name, as text.
+    fn settings(self) -> [(&'static str, String); 7] {
         [
-            ("patch_size", self.patch_size),
-            ("embed_dim", self.embed_dim),
-            ("depth", self.depth),
-            ("num_heads", self.num_heads),
+            ("patch_size", self.patch_size.to_string()),
+            ("embed_dim", self.embed_dim.to_string()),
+            ("depth", self.depth.to_string()),
+            ("num_heads", self.num_heads.to_string()),
+            ("pre_norm", self.pre_norm.to_string()),
+            ("quick_gelu", self.quick_gelu.to_string()),
+            ("norm_eps", self.norm_eps.to_string()),
         ]
     }
 }
@@ -138,18 +177,22 @@ impl Shape {
 impl Preset {
     /// The settings that it stands for.
     pub fn shape(self) -> Shape {
+        use Preset::*;
         let (patch_size, embed_dim, depth, num_heads) = match self {
-            Preset::Tiny16 => (16, 192, 12, 3),
-            Preset::Small32 => (32, 384, 12, 6),
-            Preset::Small16 => (16, 384, 12, 6),
-            Preset::Base32 => (32, 768, 12, 12),
-            Preset::Base16 => (16, 768, 12, 12),
-            Preset::Large32 => (32, 1024, 24, 16),
-            Preset::Large16 => (16, 1024, 24, 16),
-            Preset::Large14 => (14, 1024, 24, 16),
-            Preset::Huge14 => (14, 1280, 32, 16),
+            Tiny16 => (16, 192, 12, 3),
+            Small32 => (32, 384, 12, 6),
+            Small16 => (16, 384, 12, 6),
+            Base32 | Base32Clip | Base32ClipQuickGelu => (32, 768, 12, 12),
+            Base16 | Base16Clip | Base16ClipQuickGelu => (16, 768, 12, 12),
+            Large32 => (32, 1024, 24, 16),
+            Large16 => (16, 1024, 24, 16),
+            Large14 | Large14Clip | Large14ClipQuickGelu => (14, 1024, 24, 16),
+            Huge14 | Huge14Clip => (14, 1280, 32, 16),
         };
-        Shape { patch_size, embed_dim, depth, num_heads }
+        let quick_gelu = matches!(self, Base32ClipQuickGelu | Base16ClipQuickGelu | Large14ClipQuickGelu);
+        let clip = quick_gelu || matches!(self, Base32Clip | Base16Clip | Large14Clip | Huge14Clip);
+        let norm_eps = if clip { 1e-5 } else { 1e-6 };
+        Shape { patch_size, embed_dim, depth, num_heads, pre_norm: clip, quick_gelu, norm_eps }
     }
 }
 
@@ -162,7 +205,7 @@ pub enum VitError {
         "building a vit: preset {preset:?} has `{setting}` {expected}, the settings say {got} (hint: leave out either \
          `preset` or `{setting}`)"
     )]
-    Preset { preset: Preset, setting: &'static str, expected: usize, got: usize },
+    Preset { preset: Preset, setting: &'static str, expected: String, got: String },
     #[error(
         "building a vit: expected `embed_dim` to be a multiple of `num_heads`, got {dim} and {heads} (hint: dim 768 goes \
          with 12 heads)"
@@ -192,7 +235,7 @@ impl From<VitError> for BuildError {
 }
 
 impl VitConfig {
-    /// Patch size and sizes of the blocks, from the preset if there is one.
+    /// Patch size, and sizes and kind of the blocks, from the preset if there is one.
     ///
     /// # Errors
     /// [`VitError::Preset`] if one of them is set to something else than the preset's.
@@ -202,6 +245,9 @@ impl VitConfig {
             embed_dim: config.embed_dim,
             depth: config.depth,
             num_heads: config.num_heads,
+            pre_norm: config.pre_norm,
+            quick_gelu: config.quick_gelu,
+            norm_eps: config.norm_eps,
         };
         let Some(preset) = self.preset else { return Ok(own(self)) };
         let shape = preset.shape();
@@ -227,6 +273,8 @@ impl VitConfig {
             ("depth", 1.0, 1024.0, self.depth as f64),
             ("num_heads", 1.0, 1024.0, self.num_heads as f64),
             ("mlp_ratio", 0.001, 64.0, self.mlp_ratio),
+            ("init_values", -10.0, 10.0, self.init_values.unwrap_or(0.0)),
+            ("reg_tokens", 0.0, 1024.0, self.reg_tokens as f64),
             ("norm_eps", 0.0, 1.0, self.norm_eps),
             ("patch_drop_rate", 0.0, 0.99, self.patch_drop_rate),
             ("pos_drop_rate", 0.0, 0.99, self.pos_drop_rate),

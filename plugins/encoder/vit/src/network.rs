@@ -28,7 +28,7 @@ pub fn forward<'g>(
     let x = if after { x } else { net.layer_norm("norm", x) };
     let features = match config.global_pool {
         Pooling::Token => x.reshape(&[batch, shape.embed_dim]),
-        Pooling::Avg => tokens(x, usize::from(config.class_token), x.size(1)).mean(&[1], false),
+        Pooling::Avg => tokens(x, net.prefix(), x.size(1)).mean(&[1], false),
     };
     if after { net.layer_norm("fc_norm", features) } else { features }
 }
@@ -46,22 +46,33 @@ struct Net<'g, 'c> {
 }
 
 impl<'g> Net<'g, '_> {
-    /// Tokens `[batch, tokens, embed_dim]` with their positions: the class token, if there is one, then the patches.
+    /// Number of tokens before the patches.
+    fn prefix(&self) -> usize {
+        usize::from(self.config.class_token) + self.config.reg_tokens
+    }
+
+    /// Tokens `[batch, tokens, embed_dim]` with their positions: the class token, if there is one, registers, if there are
+    /// any, then the patches.
     fn embeddings(&self, images: Tensor<'g>) -> Tensor<'g> {
         let (config, dim) = (self.config, self.shape.embed_dim);
         let patches = self.patches(images);
         let (batch, count) = (patches.size(0), patches.size(1));
-        let prefix = usize::from(config.class_token);
-        let positions = self.graph.param("pos_embed", &[1, prefix + count, dim], WEIGHT);
-        let patches = self.drop_patches(patches + tokens(positions, prefix, prefix + count));
-        let x = if config.class_token {
-            let token = self.graph.param("cls_token", &[1, 1, dim], Init::Normal { std: 1e-6 });
-            let token = (token + tokens(positions, 0, 1)).expand_to(&[batch, 1, dim]);
-            Tensor::concat(&[token, patches], 1).unwrap_or(patches)
-        } else {
-            patches
-        };
-        self.dropout(x, config.pos_drop_rate)
+        let placed = if config.no_embed_class { 0 } else { self.prefix() };
+        let positions = self.graph.param("pos_embed", &[1, placed + count, dim], WEIGHT);
+        let patches = self.drop_patches(patches + tokens(positions, placed, placed + count));
+        let own = [("cls_token", usize::from(config.class_token)), ("reg_token", config.reg_tokens)];
+        let mut parts = Vec::new();
+        let mut start = 0;
+        for (name, count) in own.into_iter().filter(|(_, count)| *count > 0) {
+            let learned = self.graph.param(name, &[1, count, dim], Init::Normal { std: 1e-6 });
+            let learned = if placed > 0 { learned + tokens(positions, start, start + count) } else { learned };
+            parts.push(learned.expand_to(&[batch, count, dim]));
+            start += count;
+        }
+        parts.push(patches);
+        let x = if parts.len() > 1 { Tensor::concat(&parts, 1).unwrap_or(patches) } else { patches };
+        let x = self.dropout(x, config.pos_drop_rate);
+        if self.shape.pre_norm { self.layer_norm("norm_pre", x) } else { x }
     }
 
     /// A linear map of each patch, row by row: `[batch, patches, embed_dim]`. timm keeps it as a convolution, and leaves
@@ -71,10 +82,11 @@ impl<'g> Net<'g, '_> {
         let channels = images.size(1);
         let init = Init::Uniform { bound: ((channels * size * size) as f64).sqrt().recip() };
         let weight = self.graph.param("patch_embed.proj.weight", &[dim, channels, size, size], init);
-        let bias = self.graph.param("patch_embed.proj.bias", &[dim], init);
         let conv = Conv { stride: [size; 2], padding: [0; 2], dilation: [1; 2], groups: 1, layout: Layout::Nchw };
         let grid = images.conv2d(weight, conv).permute(&[0, 2, 3, 1]);
-        grid.reshape(&[grid.size(0), grid.size(1) * grid.size(2), dim]) + bias
+        let patches = grid.reshape(&[grid.size(0), grid.size(1) * grid.size(2), dim]);
+        // The layer norm before the blocks stands in for a bias.
+        if self.shape.pre_norm { patches } else { patches + self.graph.param("patch_embed.proj.bias", &[dim], init) }
     }
 
     /// Keeps a random choice of each image's patches, all choices of that many being equally likely, in random order: the
@@ -102,12 +114,15 @@ impl<'g> Net<'g, '_> {
         let (config, name) = (self.config, format!("blocks.{index}"));
         let skip = config.drop_path_rate * index as f64 / (self.shape.depth - 1).max(1) as f64;
         let attended = self.attention(&format!("{name}.attn"), self.layer_norm(&format!("{name}.norm1"), x), rows);
+        let attended = self.layer_scale(&format!("{name}.ls1"), attended);
         let x = tokens(x, 0, rows) + self.drop_path(attended, skip);
         let hidden = (self.shape.embed_dim as f64 * config.mlp_ratio) as usize;
         let inner = self.linear(&format!("{name}.mlp.fc1"), self.layer_norm(&format!("{name}.norm2"), x), hidden, true);
-        let inner = self.dropout(inner.gelu(), config.proj_drop_rate);
+        let inner = if self.shape.quick_gelu { inner.quick_gelu() } else { inner.gelu() };
+        let inner = self.dropout(inner, config.proj_drop_rate);
         let y = self.linear(&format!("{name}.mlp.fc2"), inner, self.shape.embed_dim, true);
-        x + self.drop_path(self.dropout(y, config.proj_drop_rate), skip)
+        let y = self.layer_scale(&format!("{name}.ls2"), self.dropout(y, config.proj_drop_rate));
+        x + self.drop_path(y, skip)
     }
 
     /// Multi-head attention (Vaswani et al. 2017) from the first `rows` tokens to all.
@@ -126,6 +141,17 @@ impl<'g> Net<'g, '_> {
         let context = self.dropout(scores.softmax(), self.config.attn_drop_rate).matmul(v);
         let joined = context.permute(&[0, 2, 1, 3]).reshape(&[batch, rows, dim]);
         self.dropout(self.linear(&format!("{name}.proj"), joined, dim, true), self.config.proj_drop_rate)
+    }
+
+    /// A learned factor for each channel of a branch, if the settings have them.
+    fn layer_scale(&self, name: &str, branch: Tensor<'g>) -> Tensor<'g> {
+        match self.config.init_values {
+            Some(start) => {
+                let init = Init::Constant(start);
+                branch * self.graph.param(&format!("{name}.gamma"), &[self.shape.embed_dim], init)
+            }
+            None => branch,
+        }
     }
 
     fn dropout(&self, x: Tensor<'g>, rate: f64) -> Tensor<'g> {
@@ -150,6 +176,6 @@ impl<'g> Net<'g, '_> {
         let dim = self.shape.embed_dim;
         let weight = self.graph.param(&format!("{name}.weight"), &[dim], Init::Constant(1.0));
         let bias = self.graph.param(&format!("{name}.bias"), &[dim], Init::Constant(0.0));
-        x.layer_norm(weight, bias, self.config.norm_eps)
+        x.layer_norm(weight, bias, self.shape.norm_eps)
     }
 }

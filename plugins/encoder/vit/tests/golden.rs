@@ -176,6 +176,116 @@ fn other_settings_are_timms() {
                 -0.3760570785,
             ],
         ),
+        (
+            "init_values=1",
+            VitConfig { init_values: Some(1.0), ..small() },
+            [
+                -0.5824421718,
+                0.0641691852,
+                0.3173117699,
+                -0.03164716277,
+                -0.2711055533,
+                -0.1734063993,
+                -0.2299486338,
+                -0.5195007083,
+                -0.5784484376,
+                0.05454452151,
+                0.317433713,
+                -0.0357303533,
+                -0.2613362767,
+                -0.1719938792,
+                -0.2263458696,
+                -0.5172549151,
+            ],
+        ),
+        (
+            "reg_tokens=2",
+            VitConfig { reg_tokens: 2, ..small() },
+            [
+                -0.3552868666,
+                -0.4499046345,
+                0.09671045264,
+                0.1937976731,
+                -0.3186760807,
+                -0.2531220817,
+                -0.2778116533,
+                -0.3787534697,
+                -0.3565873087,
+                -0.4484111035,
+                0.101332723,
+                0.1914109899,
+                -0.3177074042,
+                -0.2455815219,
+                -0.2768706935,
+                -0.3792934245,
+            ],
+        ),
+        (
+            r#"reg_tokens=2, no_embed_class=True, global_pool="avg""#,
+            VitConfig { reg_tokens: 2, no_embed_class: true, global_pool: Pooling::Avg, ..small() },
+            [
+                -0.2161056891,
+                -0.4105848384,
+                0.06592871107,
+                0.1830017067,
+                -0.3146218065,
+                -0.1424742641,
+                -0.2662478201,
+                -0.403460304,
+                -0.1644410588,
+                -0.5102730222,
+                -0.08666496461,
+                0.2801234233,
+                -0.1339625259,
+                -0.2698694798,
+                -0.3243573161,
+                -0.1782256523,
+            ],
+        ),
+        (
+            r#"pre_norm=True, act_layer="quick_gelu""#,
+            VitConfig { pre_norm: true, quick_gelu: true, norm_eps: 1e-6, ..small() },
+            [
+                -0.3150878321,
+                -0.4490138471,
+                0.006553886249,
+                0.260792994,
+                -0.2891891796,
+                -0.4191508452,
+                -0.2999565345,
+                -0.3480386461,
+                -0.299938139,
+                -0.4559215895,
+                -0.008331270747,
+                0.2685768646,
+                -0.271169875,
+                -0.4245362605,
+                -0.3048597303,
+                -0.3336207855,
+            ],
+        ),
+        (
+            r#"class_token=False, reg_tokens=1, global_pool="avg""#,
+            VitConfig { class_token: false, reg_tokens: 1, global_pool: Pooling::Avg, ..small() },
+            [
+                -0.5340253435,
+                -0.269862286,
+                -0.5649676922,
+                0.09264711097,
+                0.2734957557,
+                0.3911030845,
+                0.08020813437,
+                -0.4080119027,
+                -0.103354371,
+                -0.2511739759,
+                -0.5196318684,
+                0.2916270869,
+                0.4593742629,
+                0.247887753,
+                0.04226762543,
+                -0.1454435145,
+            ],
+        ),
     ];
     for (name, config, expected) in cases {
         let step = harness(&config, false).step(None, &[]).expect("runs");
@@ -294,6 +404,17 @@ fn presets_have_their_published_sizes() {
         let fragment = build(&VitConfig { preset: Some(preset), ..Default::default() }, 224).expect("builds");
         assert_eq!((count(&fragment), params(&fragment).len()), (parameters, 150), "{preset:?}");
     }
+    for (preset, tensors, parameters) in [
+        (Preset::Base32Clip, 151, 87_456_000),
+        (Preset::Base16ClipQuickGelu, 151, 85_799_424),
+        (Preset::Large14Clip, 295, 303_179_776),
+    ] {
+        let config = VitConfig { preset: Some(preset), ..Default::default() };
+        assert!(config.shape().is_ok_and(|shape| shape.pre_norm && shape.norm_eps == 1e-5));
+        let fragment = build(&config, 224).expect("builds");
+        assert_eq!((count(&fragment), params(&fragment).len()), (parameters, tensors), "{preset:?}");
+        assert!(!params(&fragment).contains_key("patch_embed.proj.bias"));
+    }
     let named = serde_json::json!({ "preset": "vit_base_patch32_224", "embed_dim": 768 });
     let config: VitConfig = serde_json::from_value(named).expect("a preset goes by timm's name");
     let fragment = build(&config, 256).expect("builds");
@@ -308,11 +429,14 @@ fn presets_have_their_published_sizes() {
 
 #[test]
 fn initial_values() {
-    let fragment = build(&small(), 8).expect("builds");
+    let config = VitConfig { reg_tokens: 2, init_values: Some(0.1), ..small() };
+    let fragment = build(&config, 8).expect("builds");
+    assert_eq!(params(&fragment)["reg_token"], [1, 2, 8]);
     for node in &fragment.nodes {
         let Op::Param { name, init } = &node.op else { continue };
         let expected = match name.as_str() {
-            "cls_token" => Init::Normal { std: 1e-6 },
+            "cls_token" | "reg_token" => Init::Normal { std: 1e-6 },
+            name if name.ends_with("gamma") => Init::Constant(0.1),
             // torch.nn.Conv2d's own: uniform by the fan-in, the bias too.
             "patch_embed.proj.weight" | "patch_embed.proj.bias" => Init::Uniform { bound: 1.0 / 48.0f64.sqrt() },
             name if name.contains("norm") && name.ends_with("weight") => Init::Constant(1.0),
@@ -342,6 +466,8 @@ fn refusals_say_what_is_wrong() {
     let preset = Some(Preset::Tiny16);
     let error = refused(VitConfig { preset, depth: 6, ..Default::default() }, 32);
     assert!(error.contains("preset Tiny16 has `depth` 12, the settings say 6"), "{error}");
+    let error = refused(VitConfig { preset: Some(Preset::Base32Clip), norm_eps: 1e-3, ..Default::default() }, 32);
+    assert!(error.contains("preset Base32Clip has `norm_eps` 0.00001, the settings say 0.001"), "{error}");
     let mut text = request(&small(), [8, 8], true);
     text.input = InputShape::Text { length: 4 };
     let error = clip_host_plugin_api::encoder::build::<Vit>(&text).expect_err("text is refused").to_string();
