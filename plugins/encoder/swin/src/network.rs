@@ -27,14 +27,31 @@ pub fn forward<'g>(
         if stage > 0 {
             x = net.merge(&format!("{name}.downsample"), x, shape.channels(stage));
         }
+        // Every second block's windows are shifted.
+        let cuts = [false, true].map(|shifted| Cut::new(graph, x, shape.window_size, shifted));
         for block in 0..depth {
-            let windows = Windows::new([x.size(1), x.size(2)], shape.window_size, block % 2 == 1);
+            let cut = &cuts[block % 2];
             let skip = config.drop_path_rate * index as f64 / last.max(1) as f64;
-            x = net.block(&format!("{name}.blocks.{block}"), x, windows, heads, skip);
+            x = net.block(&format!("{name}.blocks.{block}"), x, cut, heads, skip);
             index += 1;
         }
     }
     net.layer_norm("norm", x).mean(&[1, 2], false)
+}
+
+/// Windows, and what attention inside them needs to know of their tokens.
+struct Cut<'g> {
+    windows: Windows,
+    offset_ids: Tensor<'g>,
+    mask: Option<Tensor<'g>>,
+}
+
+impl<'g> Cut<'g> {
+    /// Over images `x`.
+    fn new(graph: &'g Graph, x: Tensor<'g>, size: usize, shifted: bool) -> Cut<'g> {
+        let windows = Windows::new([x.size(1), x.size(2)], size, shifted);
+        Cut { windows, offset_ids: windows.offset_ids(graph), mask: windows.mask(graph) }
+    }
 }
 
 struct Net<'g, 'c> {
@@ -67,10 +84,10 @@ impl<'g> Net<'g, '_> {
         self.linear(&format!("{name}.reduction"), x, out, false)
     }
 
-    fn block(&self, name: &str, x: Tensor<'g>, windows: Windows, heads: usize, skip: f64) -> Tensor<'g> {
+    fn block(&self, name: &str, x: Tensor<'g>, cut: &Cut<'g>, heads: usize, skip: f64) -> Tensor<'g> {
         let dim = x.size(3);
-        let cut = windows.cut(self.layer_norm(&format!("{name}.norm1"), x));
-        let attended = windows.join(self.attention(&format!("{name}.attn"), cut, windows, heads));
+        let tokens = cut.windows.cut(self.layer_norm(&format!("{name}.norm1"), x));
+        let attended = cut.windows.join(self.attention(&format!("{name}.attn"), tokens, cut, heads));
         let x = x + self.drop_path(attended, skip);
         let hidden = (dim as f64 * self.config.mlp_ratio) as usize;
         let inner = self.linear(&format!("{name}.mlp.fc1"), self.layer_norm(&format!("{name}.norm2"), x), hidden, true);
@@ -81,12 +98,12 @@ impl<'g> Net<'g, '_> {
 
     /// Multi-head attention (Vaswani et al. 2017) inside each window, with a learned bias for each head and offset between
     /// two tokens.
-    fn attention(&self, name: &str, x: Tensor<'g>, windows: Windows, heads: usize) -> Tensor<'g> {
+    fn attention(&self, name: &str, x: Tensor<'g>, cut: &Cut<'g>, heads: usize) -> Tensor<'g> {
         let (all, area, dim) = (x.size(0), x.size(1), x.size(2));
         let width = dim / heads;
         let table =
-            self.graph.param(&format!("{name}.relative_position_bias_table"), &[windows.offsets(), heads], WEIGHT);
-        let bias = table.gather(windows.offset_ids(self.graph)).reshape(&[area, area, heads]).permute(&[2, 0, 1]);
+            self.graph.param(&format!("{name}.relative_position_bias_table"), &[cut.windows.offsets(), heads], WEIGHT);
+        let bias = table.gather(cut.offset_ids).reshape(&[area, area, heads]).permute(&[2, 0, 1]);
         let qkv = self.linear(&format!("{name}.qkv"), x, 3 * dim, self.config.qkv_bias);
         let qkv = qkv.reshape(&[all, area, 3, heads, width]);
         let part =
@@ -94,9 +111,9 @@ impl<'g> Net<'g, '_> {
         let (q, k, v) = (part(0), part(1), part(2));
         // The scores are scaled, not the queries, which stay as the product wrote them.
         let scores = q.matmul(k.t()) * (width as f64).sqrt().recip() + bias;
-        let scores = match windows.mask(self.graph) {
+        let scores = match cut.mask {
             Some(mask) => {
-                let count = windows.count();
+                let count = cut.windows.count();
                 let by_image = scores.reshape(&[all / count, count, heads, area, area]) + mask;
                 by_image.reshape(&[all, heads, area, area])
             }

@@ -49,7 +49,7 @@ impl Windows {
     /// Images `[batch, height, width, channels]` as windows `[batch · windows, tokens, channels]`.
     pub fn cut<'g>(&self, x: Tensor<'g>) -> Tensor<'g> {
         let (batch, channels) = (x.size(0), x.size(3));
-        let x = roll(roll(x, 1, self.shift[0]), 2, self.shift[1]);
+        let x = roll(x, self.shift, Direction::Back);
         let after = [0, self.padded[0] - self.image[0], self.padded[1] - self.image[1], 0];
         let x = if after == [0; 4] { x } else { x.pad(&[0; 4], &after, 0.0) };
         let ([rows, columns], [height, width]) = (self.grid(), self.size);
@@ -68,8 +68,7 @@ impl Windows {
                 x = x.slice(axis as isize + 1, 0, self.image[axis]);
             }
         }
-        let back = |axis: usize| (self.image[axis] - self.shift[axis]) % self.image[axis];
-        roll(roll(x, 1, back(0)), 2, back(1))
+        roll(x, self.shift, Direction::Forth)
     }
 
     /// Rows of a table of relative positions: one for each offset between two tokens of a window.
@@ -115,12 +114,30 @@ impl Windows {
     }
 }
 
-/// Moves everything by `by` towards the beginning of an axis; what leaves there comes back at the end.
-fn roll(x: Tensor<'_>, axis: usize, by: usize) -> Tensor<'_> {
-    if by == 0 {
-        return x;
+/// Where a roll moves the tokens to.
+#[derive(Clone, Copy, PartialEq)]
+enum Direction {
+    /// Up and to the left.
+    Back,
+    /// Down and to the right.
+    Forth,
+}
+
+/// Moves images `[batch, height, width, channels]` by that many tokens; what leaves them comes back at the other side. They
+/// are continued on that side first, so that the result is a slice, which costs nothing.
+fn roll(x: Tensor<'_>, by: [usize; 2], direction: Direction) -> Tensor<'_> {
+    let axes = [(1, by[0]), (2, by[1])].into_iter().filter(|(_, by)| *by > 0);
+    let mut continued = x;
+    for (axis, by) in axes.clone() {
+        let size = x.size(axis as isize);
+        let parts = match direction {
+            Direction::Back => [continued, continued.slice(axis as isize, 0, by)],
+            Direction::Forth => [continued.slice(axis as isize, size - by, size), continued],
+        };
+        continued = Tensor::concat(&parts, axis).unwrap_or(continued);
     }
-    let at = axis as isize;
-    let size = x.size(at);
-    Tensor::concat(&[x.slice(at, by, size), x.slice(at, 0, by)], axis).unwrap_or(x)
+    axes.fold(continued, |rolled, (axis, by)| {
+        let start = if direction == Direction::Back { by } else { 0 };
+        rolled.slice(axis as isize, start, start + x.size(axis as isize))
+    })
 }
