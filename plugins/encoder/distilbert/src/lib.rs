@@ -10,6 +10,9 @@ use thiserror::Error;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DistilBertConfig {
+    /// A published network; it sets `vocab_size`, `dim`, `hidden_dim`, `n_heads` and `n_layers`, which then must be left
+    /// out (or agree).
+    pub preset: Option<Preset>,
     /// Number of tokens in the vocabulary.
     #[schemars(range(min = 1, max = 16777216))]
     pub vocab_size: usize,
@@ -52,6 +55,7 @@ pub struct DistilBertConfig {
 impl Default for DistilBertConfig {
     fn default() -> Self {
         DistilBertConfig {
+            preset: None,
             vocab_size: 30522,
             max_position_embeddings: 512,
             dim: 768,
@@ -89,6 +93,29 @@ pub enum Pooling {
     Mean,
 }
 
+/// Published networks, by the names of their checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Preset {
+    #[serde(rename = "distilbert-base-uncased")]
+    Uncased,
+    #[serde(rename = "distilbert-base-cased")]
+    Cased,
+    #[serde(rename = "distilbert-base-multilingual-cased")]
+    MultilingualCased,
+}
+
+impl Preset {
+    /// The settings that it stands for, by name.
+    fn settings(self) -> [(&'static str, usize); 5] {
+        let vocab_size = match self {
+            Preset::Uncased => 30522,
+            Preset::Cased => 28996,
+            Preset::MultilingualCased => 119547,
+        };
+        [("vocab_size", vocab_size), ("dim", 768), ("hidden_dim", 3072), ("n_heads", 12), ("n_layers", 6)]
+    }
+}
+
 /// Settings or data that a DistilBERT cannot be built from.
 #[derive(Clone, Debug, Error, PartialEq)]
 pub enum DistilBertError {
@@ -97,6 +124,11 @@ pub enum DistilBertError {
          distilbert`)"
     )]
     Range { setting: &'static str, low: f64, high: f64, got: f64 },
+    #[error(
+        "building a distilbert: preset {preset:?} has `{setting}` {expected}, the settings say {got} (hint: leave out \
+         either `preset` or `{setting}`)"
+    )]
+    Preset { preset: Preset, setting: &'static str, expected: usize, got: usize },
     #[error(
         "building a distilbert: expected `dim` to be a multiple of `n_heads`, got {dim} and {heads} (hint: dim 768 goes \
          with 12 heads)"
@@ -116,6 +148,30 @@ impl From<DistilBertError> for BuildError {
 }
 
 impl DistilBertConfig {
+    /// The settings with the preset's put in, if there is one.
+    ///
+    /// # Errors
+    /// [`DistilBertError::Preset`] if one of them is set to something else than the preset's.
+    pub fn resolved(&self) -> Result<DistilBertConfig, DistilBertError> {
+        let mut config = self.clone();
+        let Some(preset) = config.preset.take() else { return Ok(config) };
+        let default = DistilBertConfig::default();
+        let settings = [
+            (&mut config.vocab_size, default.vocab_size),
+            (&mut config.dim, default.dim),
+            (&mut config.hidden_dim, default.hidden_dim),
+            (&mut config.n_heads, default.n_heads),
+            (&mut config.n_layers, default.n_layers),
+        ];
+        for ((got, default), (setting, expected)) in settings.into_iter().zip(preset.settings()) {
+            if *got != default && *got != expected {
+                return Err(DistilBertError::Preset { preset, setting, expected, got: *got });
+            }
+            *got = expected;
+        }
+        Ok(config)
+    }
+
     /// Checks the settings, also against the ranges that the schema states, and the sequences' length.
     ///
     /// # Errors
@@ -166,8 +222,9 @@ impl Encoder for DistilBert {
         inputs: &EncoderInputs<'g>,
     ) -> Result<Tensor<'g>, BuildError> {
         let (input_ids, attention_mask) = inputs.text()?;
+        let config = config.resolved()?;
         config.check(input_ids.size(1))?;
-        Ok(network::forward(config, graph, input_ids, attention_mask, inputs.training))
+        Ok(network::forward(&config, graph, input_ids, attention_mask, inputs.training))
     }
 }
 

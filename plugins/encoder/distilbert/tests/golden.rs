@@ -3,7 +3,7 @@
 #[path = "../../testing.rs"]
 mod golden;
 
-use clip_encoder_distilbert::{Activation, DistilBert, DistilBertConfig, Pooling};
+use clip_encoder_distilbert::{Activation, DistilBert, DistilBertConfig, Pooling, Preset};
 use clip_host_plugin_api::encoder::{EncoderRequest, InputShape};
 use clip_host_plugin_api::graph::BuildError;
 use clip_host_plugin_api::ir::{Fragment, Init, Op};
@@ -160,6 +160,22 @@ fn base_model_has_its_published_size_and_names() {
     }
 }
 
+/// transformers' own counts.
+#[test]
+fn presets_have_their_published_sizes() {
+    for (name, preset, values) in [
+        ("distilbert-base-uncased", Preset::Uncased, 66_362_880),
+        ("distilbert-base-cased", Preset::Cased, 65_190_912),
+        ("distilbert-base-multilingual-cased", Preset::MultilingualCased, 134_734_080),
+    ] {
+        let config: DistilBertConfig = serde_json::from_value(serde_json::json!({ "preset": name }))
+            .expect("a preset goes by its checkpoint's name");
+        assert_eq!(config.preset, Some(preset));
+        let fragment = build(&config, 30, true).expect("builds");
+        assert_eq!((params(&fragment).len(), count(&fragment)), (100, values), "{name}");
+    }
+}
+
 #[test]
 fn refusals_say_what_is_wrong() {
     let refused = |config: DistilBertConfig, length| match build(&config, length, true) {
@@ -174,6 +190,8 @@ fn refusals_say_what_is_wrong() {
     assert!(error.contains("`n_heads` in 1..=1024, got 0"), "{error}");
     let error = refused(DistilBertConfig { pad_token_id: 97, ..small() }, 12);
     assert!(error.contains("`pad_token_id` in 0..=96"), "{error}");
+    let error = refused(DistilBertConfig { preset: Some(Preset::Cased), n_layers: 4, ..Default::default() }, 12);
+    assert!(error.contains("preset Cased has `n_layers` 6, the settings say 4"), "{error}");
     let mut images = request(&small(), 2, 12, true);
     images.input = InputShape::Image { height: 8, width: 8 };
     let error =
