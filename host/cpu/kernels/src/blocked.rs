@@ -10,7 +10,9 @@
 //! partial products are added in ascending order.
 
 use crate::elements::{Element, ElementsMut, bf16};
-use crate::microkernel::{MAX_MR, MAX_NR, MicroKernels, Moments, Narrow, SLACK, Source, Tile, micro_kernels};
+use crate::microkernel::{
+    Lines, MAX_MR, MAX_NR, MicroKernels, Moments, Narrow, SLACK, Source, Starts, Tile, micro_kernels,
+};
 use crate::moments::{Groups, SLOT_SUMS};
 use crate::threads::{SharedMut, ThreadPool};
 
@@ -22,6 +24,8 @@ const ROWS: usize = 96;
 const COLS: usize = 384;
 /// Columns of B that one task packs: a multiple of every `nr`.
 const PACK_COLS: usize = 256;
+/// Runs of the depth that a product reads in place at most.
+pub(crate) const MAX_RUNS: usize = 16;
 /// Tasks that a split of the depth aims for.
 const SPLIT_TASKS: usize = 32;
 /// Rows of a task of a split, at most.
@@ -85,9 +89,23 @@ pub(crate) trait Panels: Sync {
         }
     }
 
-    /// Where the lines from `line` on lie, if each is one run of f32 from `depth` to `depth + len`; else false.
-    fn in_place(&self, _batch: usize, _line: usize, _depth: usize, _len: usize, _lines: &mut [*const f32]) -> bool {
-        false
+    /// Elements along the depth after which lines go on elsewhere in memory, if they do.
+    fn run(&self) -> Option<usize> {
+        None
+    }
+
+    /// Where the lines from `line` to `line + lines` lie for the depth from `depth` to `depth + len`, if they are runs
+    /// of f32 of equal length there, and no more than there are `starts` for.
+    fn in_place(
+        &self,
+        _batch: usize,
+        _line: usize,
+        _lines: usize,
+        _depth: usize,
+        _len: usize,
+        _starts: &mut [Starts; MAX_RUNS],
+    ) -> Option<Lines> {
+        None
     }
 }
 
@@ -171,7 +189,8 @@ pub(crate) unsafe fn multiply<A: Panels, B: Panels, C: Rows>(
         return;
     }
     let kernels = micro_kernels(pool.isa(), p.half);
-    let Depth { block: depth, chunks, chunk } = Depth::of(p, kernels.pair);
+    let run = if kernels.in_place { a.run() } else { None };
+    let Depth { block: depth, chunks, chunk } = Depth::of(p, kernels.pair, run);
     let groups = Groups { rows: p.m, cols: p.moments, group: moment_rows(p) };
     let mut sums = pool.shared_scratch(SLOT_SUMS, groups.len());
     let shared_sums = (p.moments > 0).then(|| SharedMut::new(&mut sums));
@@ -203,7 +222,10 @@ struct Depth {
 }
 
 impl Depth {
-    fn of(p: &Problem, pair: usize) -> Depth {
+    fn of(p: &Problem, pair: usize, run: Option<usize>) -> Depth {
+        if let Some(block) = run.and_then(|run| Depth::of_runs(p.k, run)) {
+            return Depth { block, chunks: 1, chunk: p.k };
+        }
         let even = |parts: usize| p.k.div_ceil(parts).next_multiple_of(4);
         let blocks = p.k.div_ceil(DEPTH * pair);
         let tiles = p.batch * p.n.div_ceil(COLS) * p.m.div_ceil(SPLIT_ROWS);
@@ -219,6 +241,16 @@ impl Depth {
         let block = even(chunks * per_chunk);
         let chunk = per_chunk * block;
         Depth { block, chunks: p.k.div_ceil(chunk), chunk }
+    }
+
+    /// A block of whole runs, or an even part of one.
+    fn of_runs(k: usize, run: usize) -> Option<usize> {
+        if run <= DEPTH {
+            let (runs, most) = (k / run, (DEPTH / run).min(MAX_RUNS));
+            return Some(runs.div_ceil(runs.div_ceil(most)) * run);
+        }
+        let part = run.div_ceil(run.div_ceil(DEPTH));
+        run.is_multiple_of(part).then_some(part)
     }
 }
 
@@ -502,7 +534,7 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
         let (a_panel, sums) = (a_panel.as_mut_ptr(), sums.as_mut_ptr());
         let bias = finish.bias.map(|bias| &bias[block.batch * self.problem.bias_stride..]);
         let (mut c_rows, mut sum_rows) = ([0; MAX_MR], [0; MAX_MR]);
-        let mut lines = [std::ptr::null(); MAX_MR];
+        let mut starts = [[std::ptr::null(); MAX_MR]; MAX_RUNS];
         for depth in block.depth.clone().step_by(self.depth) {
             let len = self.depth.min(block.depth.end - depth);
             let words = kernels.words(len);
@@ -525,8 +557,11 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
             };
             for row in block.rows.clone().step_by(mr) {
                 let count = mr.min(block.rows.end - row);
-                let in_place = kernels.in_place && self.a.in_place(block.batch, row, depth, len, &mut lines[..count]);
-                if !in_place {
+                let lines = match kernels.in_place {
+                    true => self.a.in_place(block.batch, row, count, depth, len, &mut starts),
+                    false => None,
+                };
+                if lines.is_none() {
                     // SAFETY: within the operand; the scratch has room for one panel and the slack.
                     unsafe { self.a.pack(kernels, block.batch, row, count, depth, len, a_panel, mr) };
                 }
@@ -562,7 +597,7 @@ impl<A: Panels, B: Panels> Run<'_, A, B> {
                     };
                     let tile = Tile {
                         a: a_panel,
-                        lines: if in_place { lines.as_ptr() } else { std::ptr::null() },
+                        lines,
                         // SAFETY: within the packed block.
                         b: unsafe { b_start.add(col * words) },
                         depth: words,
@@ -695,16 +730,24 @@ impl<T: Source, F: Fn(usize) -> usize + Sync> Panels for Strided<'_, T, F> {
         }
     }
 
-    fn in_place(&self, batch: usize, line: usize, depth: usize, len: usize, lines: &mut [*const f32]) -> bool {
+    fn in_place(
+        &self,
+        batch: usize,
+        line: usize,
+        lines: usize,
+        depth: usize,
+        len: usize,
+        starts: &mut [Starts; MAX_RUNS],
+    ) -> Option<Lines> {
         if !T::WORD || self.depth != 1 {
-            return false;
+            return None;
         }
         let start = self.start(batch, line, depth);
-        debug_assert!(start + (lines.len() - 1) * self.line + len <= self.data.len());
-        for (at, line) in lines.iter_mut().enumerate() {
-            *line = self.data.as_ptr().wrapping_add(start + at * self.line).cast();
+        debug_assert!(start + (lines - 1) * self.line + len <= self.data.len());
+        for (at, first) in starts[0][..lines].iter_mut().enumerate() {
+            *first = self.data.as_ptr().wrapping_add(start + at * self.line).cast();
         }
-        true
+        Some(Lines { starts: starts.as_ptr(), runs: 1, run: len, step: 1 })
     }
 }
 

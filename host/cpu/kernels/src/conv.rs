@@ -14,6 +14,7 @@ use crate::blocked::{DenseRows, Problem, Rows, SLOT_CALLER, Strided, Target, mul
 use crate::convert::{rounded, through_f32};
 use crate::depthwise;
 use crate::elements::{Element, Elements, ElementsMut};
+use crate::few_channels;
 use crate::isa::per_isa;
 use crate::microkernel::Source;
 use crate::moments::column_moments;
@@ -22,11 +23,11 @@ use crate::threads::{Scratch, SharedMut, ThreadPool};
 use crate::{winograd, winograd_weight_grad};
 
 /// Shared scratch: an operand in f32.
-const SLOT_INPUT: usize = 4;
+pub(crate) const SLOT_INPUT: usize = 4;
 /// Shared scratch: the weight in another order or type.
 const SLOT_WEIGHTS: usize = 3;
 /// Shared scratch: a result in f32, where nothing is multiplied in blocks.
-const SLOT_RESULT: usize = 0;
+pub(crate) const SLOT_RESULT: usize = 0;
 
 /// The sizes of a convolution. Pairs are (height, width).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,18 +194,27 @@ pub fn conv2d_forward(
         moments: if moments.is_some() { shape.out_c } else { 0 },
     };
     let (output, moments) = (Target::new(&mut output), moments.unwrap_or_default());
+    let half = problem.half;
+    if few_channels::applies(shape) {
+        // What is rounded is rounded already: the products are those of f32.
+        let (image, shape) = few_channels::padded(pool, shape, input, half);
+        let problem = Problem { half: false, ..problem };
+        return forward(pool, &shape, &problem, image.as_slice(), weight, half, output, moments);
+    }
     match input {
-        Elements::F32(input) => forward(pool, shape, &problem, input, weight, output, moments),
-        Elements::Bf16(input) => forward(pool, shape, &problem, input, weight, output, moments),
+        Elements::F32(input) => forward(pool, shape, &problem, input, weight, half, output, moments),
+        Elements::Bf16(input) => forward(pool, shape, &problem, input, weight, half, output, moments),
     }
 }
 
+#[allow(clippy::too_many_arguments)]
 fn forward<T: Source>(
     pool: &ThreadPool,
     shape: &ConvShape,
     problem: &Problem,
     input: &[T],
     weight: Elements,
+    half: bool,
     output: Target,
     moments: &mut [f32],
 ) {
@@ -212,7 +222,7 @@ fn forward<T: Source>(
     let rows = DenseRows { start: 0, row: shape.out_c, batch: shape.group_out() };
     // With one tap the weight is the matrix: output channels by depth.
     let taps = shape.taps();
-    let by_tap = (taps > 1).then(|| TapWeights::by_output(pool, shape, weight, problem.half));
+    let by_tap = (taps > 1).then(|| TapWeights::by_output(pool, shape, weight, half));
     let weight = by_tap.as_ref().map_or(weight, TapWeights::elements);
     let line = taps * shape.group_in();
     let batch = |group: usize| group * shape.group_out() * line;
@@ -298,6 +308,7 @@ fn input_phase<T: Source>(
         step: (1, 1),
         ys,
         xs,
+        wide: false,
     };
     let rows = PhaseRows { shape, grid, phase };
     let problem = Problem {
@@ -352,6 +363,9 @@ pub fn conv2d_weight_grad(
         let input = rounded(pool, SLOT_INPUT, input, half);
         let gradient = rounded(pool, SLOT_WEIGHTS, output_grad, half);
         return depthwise::weight_grad(pool, shape, input.as_slice(), gradient.as_slice(), weight_grad, accumulate);
+    }
+    if few_channels::applies(shape) {
+        return few_channels::weight_grad(pool, shape, input, output_grad, weight_grad, accumulate);
     }
     use Elements::{Bf16, F32};
     match (input, output_grad) {

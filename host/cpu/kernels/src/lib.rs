@@ -36,6 +36,7 @@ mod convert;
 pub mod copy;
 mod depthwise;
 pub mod elements;
+mod few_channels;
 pub mod gather;
 pub mod gemm;
 pub mod isa;

@@ -1,8 +1,9 @@
 //! Windows over an image in NHWC, packed straight from it: the operands of a convolution that are never stored.
 
-use crate::blocked::Panels;
+use crate::blocked::{MAX_RUNS, Panels};
 use crate::conv::ConvShape;
-use crate::microkernel::{MAX_NR, MicroKernels, Source, ZEROS};
+use crate::few_channels;
+use crate::microkernel::{Lines, MAX_NR, MicroKernels, Source, Starts, ZEROS};
 
 /// The taps along one axis: tap number `n` is the kernel's `first + n * step`, and reads at a pixel's position plus
 /// `offset + n * distance`.
@@ -57,10 +58,10 @@ pub(crate) struct Patches<'a, T> {
     pub step: (usize, usize),
     pub ys: Axis,
     pub xs: Axis,
+    /// A row of taps is one run of memory: all windows are inside the image, and their taps are neighbours.
+    pub wide: bool,
 }
 
-/// Longest row of taps that is treated as one run.
-const WIDE: usize = 64;
 /// Elements along the depth that are copied together where runs are of odd length.
 const COPIED: usize = 128;
 
@@ -83,6 +84,7 @@ impl<'a, T: Source> Patches<'a, T> {
             step: shape.stride,
             ys: Axis::forward(shape.kernel.0, shape.padding.0, shape.dilation.0),
             xs: Axis::forward(shape.kernel.1, shape.padding.1, shape.dilation.1),
+            wide: few_channels::applies(shape),
         }
     }
 
@@ -101,14 +103,9 @@ impl<'a, T: Source> Patches<'a, T> {
         }
     }
 
-    /// Whether a row of taps is one run of memory that is worth to be packed as such.
-    fn is_wide(&self) -> bool {
-        self.group == self.channels && self.xs.distance == 1 && self.xs.count > 1 && self.xs.count * self.group <= WIDE
-    }
-
-    /// Taps and their length, with rows of taps taken as one where that pays.
-    fn runs(&self) -> usize {
-        if self.is_wide() { self.xs.count * self.group } else { self.group }
+    /// Length of the runs of a window: of a tap, or of a row of taps.
+    fn run_len(&self) -> usize {
+        if self.wide { self.xs.count * self.group } else { self.group }
     }
 
     /// Start of a tap's channels of `group`, or none outside the image.
@@ -123,78 +120,46 @@ impl<'a, T: Source> Patches<'a, T> {
         Some((row * self.image.1 + x as usize) * self.channels + group * self.group)
     }
 
-    /// A row of taps of a [wide](Self::is_wide) window: the first tap inside the image, one past the last, and where
-    /// the first one's values start.
-    fn wide(&self, pixel: &Pixel, tap_y: usize) -> Option<(usize, usize, usize)> {
-        let y = self.ys.position(pixel.y * self.step.0, tap_y);
-        if y as usize >= self.image.0 {
-            return None;
-        }
-        let x = self.xs.position(pixel.x * self.step.1, 0);
-        let first = (-x).max(0) as usize;
-        let last = (self.image.1 as isize - x).clamp(0, self.xs.count as isize) as usize;
-        if first >= last {
-            return None;
-        }
-        let row = pixel.image * self.image.0 + y as usize;
-        Some((first, last, (row * self.image.1 + (x + first as isize) as usize) * self.channels))
-    }
-
     /// Which of `len` pixels of a row, from `pixel` on, have all of a segment inside the image.
     fn inside(&self, pixel: &Pixel, segment: &Segment, len: usize) -> std::ops::Range<usize> {
-        let (tap_y, first, last) = if self.is_wide() {
-            (segment.run, 0, self.xs.count - 1)
-        } else {
-            let tap = segment.run % self.xs.count;
-            (segment.run / self.xs.count, tap, tap)
-        };
+        let (tap_y, tap_x) = (segment.run / self.xs.count, segment.run % self.xs.count);
         let y = self.ys.position(pixel.y * self.step.0, tap_y);
         if y as usize >= self.image.0 {
             return 0..0;
         }
-        let is_inside = |at: usize, tap: usize| {
-            let x = self.xs.position((pixel.x + at) * self.step.1, tap);
+        let is_inside = |at: usize| {
+            let x = self.xs.position((pixel.x + at) * self.step.1, tap_x);
             (x as usize) < self.image.1
         };
-        let low = (0..len).find(|&at| is_inside(at, first)).unwrap_or(len);
-        let high = (low..len).rev().find(|&at| is_inside(at, last)).map_or(low, |at| at + 1);
+        let low = (0..len).find(|&at| is_inside(at)).unwrap_or(len);
+        let high = (low..len).rev().find(|&at| is_inside(at)).map_or(low, |at| at + 1);
         low..high
     }
 
-    /// Copies part of a row of taps, zero outside the image.
-    fn copy_wide(&self, pixel: &Pixel, tap_y: usize, from: usize, out: &mut [T]) {
-        out.fill(T::default());
-        if let Some((first, last, start)) = self.wide(pixel, tap_y) {
-            let (low, high) = ((first * self.group).max(from), (last * self.group).min(from + out.len()));
-            if low < high {
-                let start = start + low - first * self.group;
-                out[low - from..high - from].copy_from_slice(&self.data[start..start + high - low]);
-            }
-        }
+    /// Whether lines are the pixels of the image, one by one.
+    fn is_every_pixel(&self) -> bool {
+        let one = |axis: &Axis| axis.count == 1 && axis.offset == 0;
+        one(&self.ys) && one(&self.xs) && self.step == (1, 1) && self.grid == self.image
     }
-}
 
-impl<T: Source> Patches<'_, T> {
-    /// `count` values of a run (a tap, or a row of taps of a wide window) from `from` on: in place, in `edge`, or
-    /// zeros.
+    /// The first tap of a run.
+    fn taps_of(&self, run: usize) -> (usize, usize) {
+        if self.wide { (run, 0) } else { (run / self.xs.count, run % self.xs.count) }
+    }
+
+    /// `count` values of the run of a tap, from `from` on: in place, or zeros.
     #[inline(always)]
-    fn values(&self, pixel: &Pixel, run: usize, from: usize, count: usize, group: usize, edge: &mut [T]) -> *const T {
-        if self.is_wide() {
-            match self.wide(pixel, run) {
-                Some((0, last, start)) if last == self.xs.count => {
-                    self.data[start + from..start + from + count].as_ptr()
-                }
-                None => T::zeros()[..count].as_ptr(),
-                _ => {
-                    self.copy_wide(pixel, run, from, &mut edge[..count]);
-                    edge.as_ptr()
-                }
-            }
-        } else {
-            match self.at(pixel, run / self.xs.count, run % self.xs.count, group) {
-                Some(start) => self.data[start + from..start + from + count].as_ptr(),
-                None => T::zeros()[..count].as_ptr(),
-            }
+    fn values(
+        &self,
+        pixel: &Pixel,
+        (tap_y, tap_x): (usize, usize),
+        from: usize,
+        count: usize,
+        group: usize,
+    ) -> *const T {
+        match self.at(pixel, tap_y, tap_x, group) {
+            Some(start) => self.data[start + from..start + from + count].as_ptr(),
+            None => T::zeros()[..count].as_ptr(),
         }
     }
 
@@ -213,8 +178,7 @@ impl<T: Source> Patches<'_, T> {
         dst: *mut f32,
         width: usize,
     ) {
-        let run = self.runs();
-        let mut edge = [T::default(); WIDE];
+        let run = self.run_len();
         let mut copies = [[T::default(); COPIED]; 16];
         for start in (0..len).step_by(COPIED) {
             let part = (len - start).min(COPIED);
@@ -224,7 +188,7 @@ impl<T: Source> Patches<'_, T> {
                 while done < part {
                     let (number, from) = ((depth + start + done) / run, (depth + start + done) % run);
                     let count = (run - from).min(part - done);
-                    let values = self.values(pixel, number, from, count, batch, &mut edge);
+                    let values = self.values(pixel, self.taps_of(number), from, count, batch);
                     // SAFETY: the pointer is to `count` elements.
                     copy[done..done + count].copy_from_slice(unsafe { std::slice::from_raw_parts(values, count) });
                     done += count;
@@ -258,7 +222,7 @@ impl<T: Source> Panels for Patches<'_, T> {
             pixels[at] = pixels[at - 1];
             self.next(&mut pixels[at]);
         }
-        let run = self.runs();
+        let run = self.run_len();
         if kernels.pair > 1 && !run.is_multiple_of(kernels.pair) {
             for first in (0..lines).step_by(16) {
                 let pixels = &pixels[first..lines.min(first + 16)];
@@ -267,7 +231,6 @@ impl<T: Source> Panels for Patches<'_, T> {
             }
             return;
         }
-        let mut edge = [[T::default(); WIDE]; 16];
         let mut k = depth;
         while k < depth + len {
             let (number, from) = (k / run, k % run);
@@ -275,8 +238,8 @@ impl<T: Source> Panels for Patches<'_, T> {
             for first in (0..lines).step_by(16) {
                 let mut pointers = [T::zeros().as_ptr(); 16];
                 let pixels = &pixels[first..lines.min(first + 16)];
-                for ((pointer, edge), pixel) in pointers.iter_mut().zip(&mut edge).zip(pixels) {
-                    *pointer = self.values(pixel, number, from, count, batch, edge);
+                for (pointer, pixel) in pointers.iter_mut().zip(pixels) {
+                    *pointer = self.values(pixel, self.taps_of(number), from, count, batch);
                 }
                 // SAFETY: each pointer was taken from a slice of `count` elements; the destination has room by the
                 // caller's promise.
@@ -289,20 +252,44 @@ impl<T: Source> Panels for Patches<'_, T> {
         }
     }
 
-    fn in_place(&self, batch: usize, line: usize, depth: usize, len: usize, lines: &mut [*const f32]) -> bool {
-        if !T::WORD || self.is_wide() || depth % self.group + len > self.group || len > ZEROS {
-            return false;
+    fn run(&self) -> Option<usize> {
+        (self.ys.count * self.xs.count > 1).then(|| self.run_len())
+    }
+
+    fn in_place(
+        &self,
+        batch: usize,
+        line: usize,
+        lines: usize,
+        depth: usize,
+        len: usize,
+        starts: &mut [Starts; MAX_RUNS],
+    ) -> Option<Lines> {
+        let run = self.run_len();
+        let (first, from) = (depth / run, depth % run);
+        // Whole runs, or a part of one.
+        let (runs, run) = if from + len <= run { (1, len) } else { (len / run, run) };
+        let whole = runs == 1 || from == 0 && len == runs * run;
+        if !T::WORD || !whole || runs > MAX_RUNS || run > ZEROS {
+            return None;
         }
-        let (tap, from) = (depth / self.group, depth % self.group);
-        let mut pixel = self.pixel(line);
-        for line in lines {
-            *line = match self.at(&pixel, tap / self.xs.count, tap % self.xs.count, batch) {
-                Some(start) => self.data[start + from..start + from + len].as_ptr().cast(),
-                None => T::zeros().as_ptr().cast(),
-            };
-            self.next(&mut pixel);
+        if self.is_every_pixel() {
+            let start = line * self.channels + batch * self.group + depth;
+            let values = &self.data[start..start + (lines - 1) * self.channels + len];
+            for (at, first) in starts[0][..lines].iter_mut().enumerate() {
+                *first = values.as_ptr().wrapping_add(at * self.channels).cast();
+            }
+        } else {
+            for (number, starts) in (first..).zip(&mut starts[..runs]) {
+                let (tap_y, tap_x) = self.taps_of(number);
+                let mut pixel = self.pixel(line);
+                for start in &mut starts[..lines] {
+                    *start = self.values(&pixel, (tap_y, tap_x), from, run, batch).cast();
+                    self.next(&mut pixel);
+                }
+            }
         }
-        true
+        Some(Lines { starts: starts.as_ptr(), runs, run, step: 1 })
     }
 }
 
@@ -378,10 +365,9 @@ impl<T: Source> PatchColumns<'_, T> {
         let (low, high) = (inside.start.next_multiple_of(pair), inside.end / pair * pair);
         let mut at = 0;
         let mut now = *pixel;
-        let mut edges = [[T::default(); WIDE]; 2];
         while at < len {
             if at == low && low < high {
-                let values = patches.values(&now, segment.run, segment.from, count, batch, &mut edges[0]);
+                let values = patches.values(&now, patches.taps_of(segment.run), segment.from, count, batch);
                 let stride = patches.step.1 * patches.channels;
                 // SAFETY: these pixels are in one row and inside, `stride` apart; the rest is the caller's promise.
                 unsafe { kernels.pack_rows(values, stride, count, high - low, dst.add(at / pair * width), width) };
@@ -391,8 +377,8 @@ impl<T: Source> PatchColumns<'_, T> {
             }
             let rows = pair.min(len - at);
             let mut values = [T::zeros().as_ptr(); 2];
-            for (value, edge) in values.iter_mut().zip(&mut edges).take(rows) {
-                *value = patches.values(&now, segment.run, segment.from, count, batch, edge);
+            for value in values.iter_mut().take(rows) {
+                *value = patches.values(&now, patches.taps_of(segment.run), segment.from, count, batch);
                 patches.next(&mut now);
             }
             // SAFETY: both are pointers to `count` elements; the rest is the caller's promise.
@@ -431,7 +417,7 @@ impl<T: Source> Panels for PatchColumns<'_, T> {
         dst: *mut f32,
         width: usize,
     ) {
-        let run = self.0.runs();
+        let run = self.0.run_len();
         let mut segments = [Segment::default(); SEGMENTS];
         let (mut done, mut count) = (0, 0);
         while done < lines {

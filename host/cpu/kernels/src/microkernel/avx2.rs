@@ -6,13 +6,18 @@ use super::portable::{finish, rows, transpose};
 use super::{MicroKernels, Packers, Tile};
 use crate::elements::{Element, bf16};
 
-pub(super) static PLAIN: MicroKernels = table::<false>();
+pub(super) static PLAIN: MicroKernels = MicroKernels { in_place: true, ..table::<false>() };
 pub(super) static ROUNDED: MicroKernels = table::<true>();
+
+const MR: usize = 6;
+const NR: usize = 16;
+/// How many rows ahead B is brought near, as for AVX-512.
+const AHEAD: usize = 16;
 
 const fn table<const ROUND: bool>() -> MicroKernels {
     MicroKernels {
-        mr: 6,
-        nr: 16,
+        mr: MR,
+        nr: NR,
         pair: 1,
         in_place: false,
         multiply,
@@ -47,8 +52,6 @@ unsafe fn multiply(tile: &Tile) {
 // Counted loops over constants, which the compiler unrolls into registers.
 #[allow(clippy::needless_range_loop)]
 unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
-    const MR: usize = 6;
-    const NR: usize = 16;
     let mut acc = [[_mm256_setzero_ps(); VECTORS]; ROWS];
     let (mut a, mut b) = (tile.a, tile.b);
     let tail = tile.cols - 8 * (VECTORS - 1);
@@ -56,19 +59,32 @@ unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
     let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(tail as i32), lanes);
     // SAFETY: reads and writes stay in the ranges promised by the caller; columns past `cols` are masked.
     unsafe {
-        for _ in 0..tile.depth {
-            let mut columns = [_mm256_setzero_ps(); VECTORS];
-            for (v, column) in columns.iter_mut().enumerate() {
-                *column = _mm256_loadu_ps(b.add(8 * v));
-            }
-            for row in 0..ROWS {
-                let value = _mm256_set1_ps(*a.add(row));
-                for v in 0..VECTORS {
-                    acc[row][v] = _mm256_fmadd_ps(value, columns[v], acc[row][v]);
+        if let Some(lines) = &tile.lines {
+            for run in 0..lines.runs {
+                let starts = lines.starts.add(run).cast::<[*const f32; ROWS]>().read();
+                for k in 0..lines.run {
+                    let columns = columns_ahead::<VECTORS>(b);
+                    for row in 0..ROWS {
+                        let value = _mm256_set1_ps(*starts[row].add(k * lines.step));
+                        for v in 0..VECTORS {
+                            acc[row][v] = _mm256_fmadd_ps(value, columns[v], acc[row][v]);
+                        }
+                    }
+                    b = b.wrapping_add(NR);
                 }
             }
-            a = a.add(MR);
-            b = b.wrapping_add(NR);
+        } else {
+            for _ in 0..tile.depth {
+                let columns = columns_ahead::<VECTORS>(b);
+                for row in 0..ROWS {
+                    let value = _mm256_set1_ps(*a.add(row));
+                    for v in 0..VECTORS {
+                        acc[row][v] = _mm256_fmadd_ps(value, columns[v], acc[row][v]);
+                    }
+                }
+                a = a.add(MR);
+                b = b.wrapping_add(NR);
+            }
         }
         let alpha = _mm256_set1_ps(tile.alpha);
         if tile.narrow.is_some() || tile.moments.is_some() {
@@ -103,6 +119,22 @@ unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
             }
         }
     }
+}
+
+/// A row of packed B, while a later one is brought near.
+///
+/// # Safety
+/// The row is readable.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn columns_ahead<const VECTORS: usize>(b: *const f32) -> [__m256; VECTORS] {
+    let mut columns = [_mm256_setzero_ps(); VECTORS];
+    _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD * NR).cast::<i8>());
+    for (v, column) in columns.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { *column = _mm256_loadu_ps(b.add(8 * v)) };
+    }
+    columns
 }
 
 /// # Safety

@@ -61,11 +61,7 @@ macro_rules! dispatch {
 /// # Safety
 /// See [`MicroKernels::multiply`].
 unsafe fn multiply(tile: &Tile) {
-    if tile.lines.is_null() {
-        dispatch!(multiply_packed, tile, 1 2 3 4 5 6 7 8 9 10 11 12)
-    } else {
-        dispatch!(multiply_lines, tile, 1 2 3 4 5 6 7 8 9 10 11 12)
-    }
+    dispatch!(multiply_tile, tile, 1 2 3 4 5 6 7 8 9 10 11 12)
 }
 
 /// # Safety
@@ -77,49 +73,43 @@ unsafe fn multiply_pairs(tile: &Tile) {
 /// # Safety
 /// See [`MicroKernels::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn multiply_packed<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply_tile::<ROWS, VECTORS, false>(tile) }
-}
-
-/// # Safety
-/// See [`MicroKernels::multiply`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn multiply_lines<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply_tile::<ROWS, VECTORS, true>(tile) }
-}
-
-/// # Safety
-/// See [`MicroKernels::multiply`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 // Counted loops over constants, which the compiler unrolls into registers.
 #[allow(clippy::needless_range_loop)]
-unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize, const IN_PLACE: bool>(tile: &Tile) {
+unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
     let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-    let (mut a, mut b) = (tile.a, tile.b);
+    let mut b = tile.b;
     // SAFETY: packed panels have whole rows and columns; the rest is the caller's promise.
     unsafe {
         prefetch_tile::<ROWS, VECTORS>(tile);
-        let mut lines = [std::ptr::null(); ROWS];
-        if IN_PLACE {
-            lines = tile.lines.cast::<[*const f32; ROWS]>().read();
-        }
-        for k in 0..tile.depth {
-            let mut columns = [_mm512_setzero_ps(); VECTORS];
-            for (v, column) in columns.iter_mut().enumerate() {
-                *column = _mm512_loadu_ps(b.add(16 * v));
-                _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD * NR + 16 * v).cast::<i8>());
-            }
-            for row in 0..ROWS {
-                let value = _mm512_set1_ps(if IN_PLACE { *lines[row].add(k) } else { *a.add(row) });
-                for v in 0..VECTORS {
-                    acc[row][v] = _mm512_fmadd_ps(value, columns[v], acc[row][v]);
+        if let Some(lines) = &tile.lines {
+            for run in 0..lines.runs {
+                let starts = lines.starts.add(run).cast::<[*const f32; ROWS]>().read();
+                let mut at = 0;
+                for _ in 0..lines.run {
+                    let columns = columns_ahead::<VECTORS>(b);
+                    for row in 0..ROWS {
+                        let value = _mm512_set1_ps(*starts[row].add(at));
+                        for v in 0..VECTORS {
+                            acc[row][v] = _mm512_fmadd_ps(value, columns[v], acc[row][v]);
+                        }
+                    }
+                    at += lines.step;
+                    b = b.add(NR);
                 }
             }
-            a = a.wrapping_add(MR);
-            b = b.add(NR);
+        } else {
+            let mut a = tile.a;
+            for _ in 0..tile.depth {
+                let columns = columns_ahead::<VECTORS>(b);
+                for row in 0..ROWS {
+                    let value = _mm512_set1_ps(*a.add(row));
+                    for v in 0..VECTORS {
+                        acc[row][v] = _mm512_fmadd_ps(value, columns[v], acc[row][v]);
+                    }
+                }
+                a = a.add(MR);
+                b = b.add(NR);
+            }
         }
         if tile.narrow.is_none() && tile.moments.is_none() {
             for row in 0..ROWS {
@@ -150,21 +140,36 @@ unsafe fn multiply_tile<const ROWS: usize, const VECTORS: usize, const IN_PLACE:
     }
 }
 
+/// A row of packed B, while a later one is brought near.
+///
+/// # Safety
+/// The row is readable.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn columns_ahead<const VECTORS: usize>(b: *const f32) -> [__m512; VECTORS] {
+    let mut columns = [_mm512_setzero_ps(); VECTORS];
+    for (v, column) in columns.iter_mut().enumerate() {
+        // SAFETY: the caller's promise; a prefetch never faults.
+        unsafe {
+            *column = _mm512_loadu_ps(b.add(16 * v));
+            _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD * NR + 16 * v).cast::<i8>());
+        }
+    }
+    columns
+}
+
 /// # Safety
 /// See [`MicroKernels::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[allow(clippy::needless_range_loop)]
 unsafe fn multiply_tile_pairs<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
     let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-    let (mut a, mut b) = (tile.a.cast::<i32>(), tile.b.cast::<i32>());
+    let (mut a, mut b) = (tile.a.cast::<i32>(), tile.b);
     // SAFETY: as for `multiply_tile`.
     unsafe {
         prefetch_tile::<ROWS, VECTORS>(tile);
         for _ in 0..tile.depth {
-            let mut columns = [_mm512_setzero_si512(); VECTORS];
-            for (v, column) in columns.iter_mut().enumerate() {
-                *column = _mm512_loadu_si512(b.add(16 * v).cast());
-            }
+            let columns = columns_ahead::<VECTORS>(b).map(|column| _mm512_castps_si512(column));
             for row in 0..ROWS {
                 let pair = _mm512_set1_epi32(*a.add(row));
                 for v in 0..VECTORS {

@@ -18,8 +18,8 @@ use crate::isa::Isa;
 pub(crate) struct Tile {
     /// Packed A: `a[k * mr + row]`.
     pub a: *const f32,
-    /// Null, or A in place of the packed one: row `r` is at `lines[r]`, for tables with [`MicroKernels::in_place`].
-    pub lines: *const *const f32,
+    /// A where it lies, in place of the packed one, for tables with [`MicroKernels::in_place`].
+    pub lines: Option<Lines>,
     /// Packed B: `b[k * nr + col]`.
     pub b: *const f32,
     /// Words along the depth.
@@ -39,6 +39,22 @@ pub(crate) struct Tile {
     /// Where the results are summed as well.
     pub moments: Option<Moments>,
 }
+
+/// Rows of A as they lie in memory: the depth is cut into runs of equal length, in each of which a row's words are at a
+/// constant distance.
+#[derive(Clone, Copy)]
+pub(crate) struct Lines {
+    /// Where each row's words of run number `r` start: `starts[r][row]`.
+    pub starts: *const Starts,
+    pub runs: usize,
+    /// Words of a run; `runs` times as many are the depth.
+    pub run: usize,
+    /// Distance of two words of a row.
+    pub step: usize,
+}
+
+/// Where the rows of a tile start.
+pub(crate) type Starts = [*const f32; MAX_MR];
 
 /// A tile's place in a result of bf16.
 #[derive(Clone, Copy)]
@@ -92,7 +108,7 @@ pub(crate) struct MicroKernels {
     pub in_place: bool,
     /// # Safety
     /// The processor has the instruction set; `0 < rows <= mr`, `0 < cols <= nr`; A is readable for `depth * mr`
-    /// words, or each of its lines for `depth`, B for `depth * nr`; the others for `rows` by `cols`.
+    /// words, or its lines where they say, B for `depth * nr`; the others for `rows` by `cols`.
     pub multiply: unsafe fn(&Tile),
     pub from_f32: Packers<f32>,
     pub from_bf16: Packers<bf16>,

@@ -3,7 +3,7 @@
 use super::{MicroKernels, Packers, Tile};
 use crate::elements::{Element, bf16};
 
-pub(super) static PLAIN: MicroKernels = table::<false>();
+pub(super) static PLAIN: MicroKernels = MicroKernels { in_place: true, ..table::<false>() };
 pub(super) static ROUNDED: MicroKernels = table::<true>();
 
 const fn table<const ROUND: bool>() -> MicroKernels {
@@ -31,7 +31,15 @@ unsafe fn multiply(tile: &Tile) {
     // SAFETY: packed panels have whole rows and columns.
     unsafe {
         for k in 0..tile.depth {
-            let a = tile.a.add(k * MR).cast::<[f32; MR]>().read();
+            let a = match &tile.lines {
+                None => tile.a.add(k * MR).cast::<[f32; MR]>().read(),
+                Some(lines) => {
+                    // Rows past the last one have no start: the first one's stands in for them.
+                    let starts = lines.starts.add(k / lines.run).cast::<[*const f32; MR]>().read();
+                    let at = k % lines.run * lines.step;
+                    std::array::from_fn(|row| *starts[if row < tile.rows { row } else { 0 }].add(at))
+                }
+            };
             let b = tile.b.add(k * NR).cast::<[f32; NR]>().read();
             for row in 0..MR {
                 for col in 0..NR {
