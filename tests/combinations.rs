@@ -1,7 +1,8 @@
-//! Every loss with every optimizer, in both precisions: three steps on sample data, and nothing that the run keeps is NaN.
+//! Every loss with every optimizer, and every encoder, in both precisions: three steps on sample data, and nothing that the
+//! run keeps is NaN.
 //!
-//! The plugins are those of the folder `plugins`, with their default settings; what a loss offers beside its defaults is
-//! tried with one optimizer. New plugins are tried without a change here.
+//! The plugins are those of the folder `plugins`. Losses and optimizers have their default settings, so that new ones are
+//! tried without a change here; what a loss offers beside its defaults is tried with one optimizer. Encoders are small ones.
 
 use clip_host_tests::fixtures::first_party_plugins;
 use clip_host_tests::golden::read_tensors;
@@ -16,23 +17,17 @@ fn ids(kind: &str) -> Vec<String> {
     ids
 }
 
-/// What one run differs in.
-struct Combination {
-    loss: String,
-    optimizer: String,
-    precision: &'static str,
-}
+/// What one run differs in: settings of the recipe, as `--set` takes them.
+struct Combination(Vec<String>);
 
 impl Combination {
     /// Trains three steps and fails unless all that the run reports and keeps is finite.
     fn train(&self, folder: &Folder, number: usize) {
-        let Combination { loss, optimizer, precision } = self;
+        let what = self.0.join(" ");
         let out = format!("run{number}");
-        let sets = [format!("loss={loss}"), format!("optimizer={optimizer}"), format!("precision={precision}")];
-        let sets = sets.iter().flat_map(|set| ["--set", set]);
+        let sets = self.0.iter().flat_map(|set| ["--set", set]);
         let args: Vec<&str> =
             ["run", "small.ron", "--steps", "3", "--json", "--out", &out].into_iter().chain(sets).collect();
-        let what = format!("{loss} with {optimizer} in {precision}");
         let ended = run(folder, &args);
         assert_eq!(ended.code, Some(0), "{what}: {ended:#?}");
         let summary = ended.json();
@@ -75,9 +70,11 @@ fn every_loss_trains_with_every_optimizer() {
     for loss in &losses {
         for optimizer in &optimizers {
             for precision in ["F32", "Bf16"] {
-                let loss = format!(r#"(plugin: "{loss}")"#);
-                let optimizer = format!(r#"(plugin: "{optimizer}", lr: 1e-3, weight_decay: 0.02)"#);
-                combinations.push(Combination { loss, optimizer, precision });
+                combinations.push(Combination(vec![
+                    format!(r#"loss=(plugin: "{loss}")"#),
+                    format!(r#"optimizer=(plugin: "{optimizer}", lr: 1e-3, weight_decay: 0.02)"#),
+                    format!("precision={precision}"),
+                ]));
             }
         }
     }
@@ -98,9 +95,58 @@ fn every_mode_of_a_loss_trains() {
     let mut combinations = Vec::new();
     for loss in modes {
         for precision in ["F32", "Bf16"] {
-            let optimizer = r#"(plugin: "adamw", lr: 1e-3, weight_decay: 0.02)"#.into();
-            combinations.push(Combination { loss: loss.into(), optimizer, precision });
+            combinations.push(Combination(vec![
+                format!("loss={loss}"),
+                r#"optimizer=(plugin: "adamw", lr: 1e-3, weight_decay: 0.02)"#.into(),
+                format!("precision={precision}"),
+            ]));
         }
     }
     train_all("modes", &combinations);
+}
+
+/// Small networks with everything random that they have, on images of 32 pixels and 30 tokens of 400.
+#[test]
+fn every_encoder_trains() {
+    let images = [
+        ("resnet", r#"block: "bottleneck", layers: (1, 1, 1, 1), channels: (4, 4, 4, 4), stem: "deep", stem_width: 4"#),
+        (
+            "vit",
+            "patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2, init_values: 0.1, reg_tokens: 1, pre_norm: true, \
+             patch_drop_rate: 0.5, proj_drop_rate: 0.1, attn_drop_rate: 0.1, drop_path_rate: 0.1",
+        ),
+        ("convnext", "depths: (1, 1, 1, 1), dims: (4, 8, 12, 16), drop_path_rate: 0.1"),
+        (
+            "swin",
+            "patch_size: 2, window_size: 5, embed_dim: 8, depths: (2, 2), num_heads: (2, 4), proj_drop_rate: 0.1, \
+             attn_drop_rate: 0.1, drop_path_rate: 0.1",
+        ),
+        ("mixer", "patch_size: 8, num_blocks: 2, embed_dim: 16, proj_drop_rate: 0.1, drop_path_rate: 0.1"),
+    ];
+    let texts = [
+        ("distilbert", r#"vocab_size: 400, dim: 16, hidden_dim: 32, n_heads: 2, n_layers: 2, pooling: "mean""#),
+        (
+            "bert",
+            "vocab_size: 400, hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_hidden_layers: 2",
+        ),
+        (
+            "clip_text",
+            r#"vocab_size: 400, width: 16, heads: 2, layers: 2, output_dim: 8, quick_gelu: true, pool_type: "last_token""#,
+        ),
+    ];
+    let mut known: Vec<&str> = images.iter().chain(&texts).map(|encoder| encoder.0).collect();
+    known.sort_unstable();
+    assert_eq!(ids("encoder"), known, "every encoder is tried");
+    let mut combinations = Vec::new();
+    for (part, encoders) in [("image_encoder", &images[..]), ("text_encoder", &texts)] {
+        for (id, config) in encoders {
+            for precision in ["F32", "Bf16"] {
+                combinations.push(Combination(vec![
+                    format!(r#"model.{part}=(plugin: "{id}", config: ({config}))"#),
+                    format!("precision={precision}"),
+                ]));
+            }
+        }
+    }
+    train_all("encoders", &combinations);
 }
