@@ -12,6 +12,8 @@ use crate::threads::{SharedMut, ThreadPool};
 
 /// Longest row of taps that is treated as one run.
 const WIDE: usize = 64;
+/// Elements of the padded image that one task writes, about.
+const TASK: usize = 16 * 1024;
 /// Pixels of the output whose gradients are packed together.
 const BLOCK: usize = 1024;
 /// Rows of the output in a block at most.
@@ -41,26 +43,30 @@ pub(crate) fn padded<'a>(
     }
     let mut image = pool.shared_scratch(SLOT_INPUT, unpadded.input_len());
     let (row, image_row) = (in_w * shape.in_c, shape.in_w * shape.in_c);
+    let (rows, rows_per_task) = (shape.batch * in_h, (TASK / row).max(1));
     let out = SharedMut::new(&mut image);
-    pool.run(shape.batch * in_h, &|task, _| {
-        // SAFETY: each task has its own row.
-        let out = unsafe { out.slice(task * row, row) };
-        let (batch, y) = (task / in_h, (task % in_h).wrapping_sub(pad_y));
-        if y >= shape.in_h {
-            return out.fill(0.0);
-        }
-        let (left, rest) = out.split_at_mut(pad_x * shape.in_c);
-        let (middle, right) = rest.split_at_mut(image_row);
-        left.fill(0.0);
-        right.fill(0.0);
-        let start = (batch * shape.in_h + y) * image_row;
-        match input {
-            Elements::F32(values) if half => {
-                let values = &values[start..][..image_row];
-                middle.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::narrow(*value).widen());
+    pool.run(rows.div_ceil(rows_per_task), &|task, _| {
+        for at in task * rows_per_task..rows.min((task + 1) * rows_per_task) {
+            // SAFETY: each task has its own rows.
+            let out = unsafe { out.slice(at * row, row) };
+            let (batch, y) = (at / in_h, (at % in_h).wrapping_sub(pad_y));
+            if y >= shape.in_h {
+                out.fill(0.0);
+                continue;
             }
-            Elements::F32(values) => middle.copy_from_slice(&values[start..][..image_row]),
-            Elements::Bf16(values) => convert(pool.isa(), &values[start..][..image_row], middle),
+            let (left, rest) = out.split_at_mut(pad_x * shape.in_c);
+            let (middle, right) = rest.split_at_mut(image_row);
+            left.fill(0.0);
+            right.fill(0.0);
+            let start = (batch * shape.in_h + y) * image_row;
+            match input {
+                Elements::F32(values) if half => {
+                    let values = &values[start..][..image_row];
+                    middle.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::narrow(*value).widen());
+                }
+                Elements::F32(values) => middle.copy_from_slice(&values[start..][..image_row]),
+                Elements::Bf16(values) => convert(pool.isa(), &values[start..][..image_row], middle),
+            }
         }
     });
     (Widened::Copied(image), unpadded)

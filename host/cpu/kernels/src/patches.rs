@@ -3,7 +3,7 @@
 use crate::blocked::{MAX_RUNS, Panels};
 use crate::conv::ConvShape;
 use crate::few_channels;
-use crate::microkernel::{Lines, MAX_NR, MicroKernels, Source, Starts, ZEROS};
+use crate::microkernel::{Lines, MAX_MR, MAX_NR, MicroKernels, Source, Starts, ZEROS};
 
 /// The taps along one axis: tap number `n` is the kernel's `first + n * step`, and reads at a pixel's position plus
 /// `offset + n * distance`.
@@ -278,6 +278,18 @@ impl<T: Source> Panels for Patches<'_, T> {
             let values = &self.data[start..start + (lines - 1) * self.channels + len];
             for (at, first) in starts[0][..lines].iter_mut().enumerate() {
                 *first = values.as_ptr().wrapping_add(at * self.channels).cast();
+            }
+        } else if self.wide {
+            // All rows of taps of all windows are inside, a row of the image apart.
+            let row = self.image.1 * self.channels * self.ys.distance.unsigned_abs();
+            let mut pixel = self.pixel(line);
+            let mut firsts: Starts = [std::ptr::null(); MAX_MR];
+            for start in &mut firsts[..lines] {
+                *start = self.values(&pixel, (first, 0), from, run, batch).cast();
+                self.next(&mut pixel);
+            }
+            for (number, starts) in starts[..runs].iter_mut().enumerate() {
+                *starts = firsts.map(|start| start.wrapping_add(number * row));
             }
         } else {
             for (number, starts) in (first..).zip(&mut starts[..runs]) {
