@@ -6,7 +6,7 @@ use crate::memory::{Address, Memory, Partials};
 use crate::pairs::{Pair, find_pairs};
 use crate::streams::Stream;
 use crate::tape::{self, Arg};
-use crate::walk::{Cols, Rows, read, table};
+use crate::walk::{Cols, Rows, iota, read, table};
 use clip_host_compiler::kernel::{Element, Fused, Instr, Output, Pattern, Rank, Store};
 use clip_host_compiler::lower::operands;
 use clip_host_cpu_kernels::{Isa, ThreadPool, bf16};
@@ -19,6 +19,10 @@ use std::mem::MaybeUninit;
 const TILE: usize = 1024;
 /// Elements of a task.
 const TASK: usize = 32_768;
+/// Columns up to which values of rows are repeated for all of a tile's elements before they meet full ones.
+const SHORT: usize = 256;
+/// Operands of an instruction at most.
+const OPERANDS: usize = 3;
 /// Bytes from which a result is written past the caches: a plain store reads each line before it overwrites it, and the
 /// next kernel would not find the line in a cache anyway.
 const STREAM: usize = 32 << 20;
@@ -102,6 +106,8 @@ pub struct Program {
     /// Tensors that are walked in the space's order.
     streams: Vec<Stream>,
     scratch: usize,
+    /// Where in the scratch values of rows are repeated, an operand after the other.
+    repeated: usize,
     /// The pool's instruction set's.
     loops: &'static Loops,
     partials: Vec<f32>,
@@ -150,6 +156,7 @@ impl Program {
             outs: vec![],
             streams: vec![],
             scratch: 0,
+            repeated: 0,
             loops: loops(Isa::Portable),
             partials: vec![],
             dims: kernel.dims.clone(),
@@ -159,6 +166,10 @@ impl Program {
         program.prepare_outputs(kernel, &place);
         let pairs = find_pairs(&kernel.code, &kernel.outputs);
         program.assign_slots(kernel, &pairs, &place);
+        program.repeated = program.scratch;
+        if program.steps.iter().any(|step| step.mixed) && program.tile_cols <= SHORT {
+            program.scratch += OPERANDS * program.repeated_len();
+        }
         program.find_streams(kernel);
         Some(program)
     }
@@ -311,6 +322,11 @@ impl Program {
             };
             self.steps.push(Step { work, rank: *rank, mixed, slot });
         }
+    }
+
+    /// Elements of a tile of repeated values.
+    fn repeated_len(&self) -> usize {
+        (self.tile_rows * self.tile_cols + tape::SLACK).next_multiple_of(16)
     }
 
     /// Tensors whose next tile is asked for while the current one is worked on: processors foresee one long walk, not
@@ -545,7 +561,7 @@ impl Program {
                     Work::Nothing => continue,
                     Work::Pair(pair) => {
                         let (sources, how) = ([pair.a, pair.b, pair.c], (step.rank, step.mixed));
-                        self.rowwise(&sources, how, tile, regs, |args, at, n| {
+                        self.rowwise(&sources, how, tile, scratch, regs, |args, at, n| {
                             (self.loops.pair)(pair.ops, args[0], args[1], args[2], out.add(at), n);
                         });
                         regs[at] = out;
@@ -574,7 +590,11 @@ impl Program {
                             Source::Gathered => self.gather(load, step.rank, tile, memory, out),
                         }
                     }
-                    Instr::Index(factors) => self.index(factors, step.rank, tile, out),
+                    Instr::Index(factors) => {
+                        let (outer, inner) = self.dims.split_at(self.dims.len() - self.inner);
+                        let cols = if step.rank == Rank::Row { None } else { Some(tile.col..tile.col + cols) };
+                        iota((outer, inner), factors, row..row + rows, cols, out);
+                    }
                     Instr::Random(stream) => (self.loops.uniform)(
                         seed,
                         *stream,
@@ -584,30 +604,30 @@ impl Program {
                     ),
                     Instr::RowSum(a) | Instr::RowMax(a) => {
                         let is_max = matches!(instr, Instr::RowMax(_));
-                        for r in 0..rows {
-                            let from = regs[*a].add(r * cols);
-                            *out.add(r) =
-                                if is_max { (self.loops.max)(from, cols) } else { (self.loops.sum)(from, cols) };
-                        }
+                        (self.loops.reduce_rows)(is_max, regs[*a], rows, cols, out);
                     }
-                    Instr::Expand(a) => self.rowwise(&[*a], (step.rank, step.mixed), tile, regs, |args, at, n| {
-                        (self.loops.unary_identity)(args[0], out.add(at), n);
-                    }),
-                    Instr::Unary(op, a) => self.rowwise(&[*a], (step.rank, step.mixed), tile, regs, |args, at, n| {
-                        (self.loops.unary)(*op, args[0], out.add(at), n);
-                    }),
+                    Instr::Expand(a) => {
+                        self.rowwise(&[*a], (step.rank, step.mixed), tile, scratch, regs, |args, at, n| {
+                            (self.loops.unary_identity)(args[0], out.add(at), n);
+                        })
+                    }
+                    Instr::Unary(op, a) => {
+                        self.rowwise(&[*a], (step.rank, step.mixed), tile, scratch, regs, |args, at, n| {
+                            (self.loops.unary)(*op, args[0], out.add(at), n);
+                        })
+                    }
                     Instr::Binary(op, a, b) => {
-                        self.rowwise(&[*a, *b], (step.rank, step.mixed), tile, regs, |args, at, n| {
+                        self.rowwise(&[*a, *b], (step.rank, step.mixed), tile, scratch, regs, |args, at, n| {
                             (self.loops.binary)(*op, args[0], args[1], out.add(at), n);
                         })
                     }
                     Instr::Compare(op, a, b) => {
-                        self.rowwise(&[*a, *b], (step.rank, step.mixed), tile, regs, |args, at, n| {
+                        self.rowwise(&[*a, *b], (step.rank, step.mixed), tile, scratch, regs, |args, at, n| {
                             (self.loops.compare)(*op, args[0], args[1], out.add(at), n);
                         })
                     }
                     Instr::Select(c, a, b) => {
-                        self.rowwise(&[*c, *a, *b], (step.rank, step.mixed), tile, regs, |args, at, n| {
+                        self.rowwise(&[*c, *a, *b], (step.rank, step.mixed), tile, scratch, regs, |args, at, n| {
                             (self.loops.select)(args[0], args[1], args[2], out.add(at), n);
                         })
                     }
@@ -619,7 +639,8 @@ impl Program {
         }
     }
 
-    /// Calls `f` over the tile's elements: at once, or row by row where row values meet full ones.
+    /// Calls `f` over the tile's elements: at once, or row by row where row values meet full ones. Values of short rows
+    /// are repeated first, so that one call does for all.
     ///
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
@@ -628,10 +649,27 @@ impl Program {
         sources: &[usize; N],
         (rank, mixed): (Rank, bool),
         tile: Tile,
+        scratch: *mut f32,
         regs: &[*const f32],
         f: impl Fn([Arg; N], usize, usize),
     ) {
-        if mixed {
+        if mixed && tile.rows > 1 && tile.cols <= SHORT {
+            let mut number = 0;
+            let args = sources.map(|s| {
+                if self.steps[s].rank != Rank::Row {
+                    // SAFETY: every register points to what its rank says.
+                    return unsafe { self.arg(regs, s) };
+                }
+                // SAFETY: there is room for a repeated tile per operand behind the slots.
+                unsafe {
+                    let repeated = scratch.add(self.repeated + number * self.repeated_len());
+                    number += 1;
+                    (self.loops.repeat_rows)(regs[s], tile.rows, tile.cols, repeated);
+                    Arg::Vector(repeated)
+                }
+            });
+            f(args, 0, tile.rows * tile.cols);
+        } else if mixed {
             for r in 0..tile.rows {
                 // SAFETY: a row value has an element for each of the tile's rows, a full one `cols`.
                 let args = sources.map(|s| unsafe {
@@ -690,35 +728,6 @@ impl Program {
                     Cols::Stride(s) => (0..tile.cols).for_each(|c| *to.add(c) = read(start + (tile.col + c) * s)),
                     Cols::Table(t) => (0..tile.cols).for_each(|c| *to.add(c) = read(start + t[tile.col + c] as usize)),
                 }
-            }
-        }
-    }
-
-    /// The value of an iota at the tile's elements.
-    ///
-    /// # Safety
-    /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
-    unsafe fn index(&self, factors: &[usize], rank: Rank, tile: Tile, out: *mut f32) {
-        let outer = self.dims.len() - self.inner;
-        let at = |mut flat: usize, dims: &[usize], factors: &[usize]| {
-            let mut value = 0;
-            for (size, factor) in dims.iter().zip(factors).rev() {
-                value += flat % size * factor;
-                flat /= size;
-            }
-            value
-        };
-        for r in 0..tile.rows {
-            let start = at(tile.row + r, &self.dims[..outer], &factors[..outer]);
-            if rank == Rank::Row {
-                // SAFETY: a row value has an element for each of the tile's rows.
-                unsafe { *out.add(r) = start as f32 };
-                continue;
-            }
-            for c in 0..tile.cols {
-                let value = start + at(tile.col + c, &self.dims[outer..], &factors[outer..]);
-                // SAFETY: the slot holds the tile.
-                unsafe { *out.add(r * tile.cols + c) = value as f32 };
             }
         }
     }

@@ -25,6 +25,8 @@ pub struct Loops {
     pub uniform: unsafe fn(u64, u32, u64, *mut f32, usize),
     pub sum: unsafe fn(*const f32, usize) -> f32,
     pub max: unsafe fn(*const f32, usize) -> f32,
+    pub reduce_rows: unsafe fn(bool, *const f32, usize, usize, *mut f32),
+    pub repeat_rows: unsafe fn(*const f32, usize, usize, *mut f32),
     pub accumulate: unsafe fn(bool, Arg, *mut f32, usize),
     pub accumulate_rows: unsafe fn(bool, Arg, usize, *mut f32, usize),
 }
@@ -62,6 +64,8 @@ macro_rules! table {
                 uniform,
                 sum,
                 max,
+                reduce_rows,
+                repeat_rows,
                 accumulate,
                 accumulate_rows,
             };
@@ -80,6 +84,8 @@ macro_rules! table {
             table!(@ $($features)?; uniform(seed: u64, stream: u32, first: u64, out: *mut f32, n: usize));
             table!(@ $($features)?; sum(a: *const f32, n: usize) -> f32);
             table!(@ $($features)?; max(a: *const f32, n: usize) -> f32);
+            table!(@ $($features)?; reduce_rows(is_max: bool, a: *const f32, rows: usize, n: usize, out: *mut f32));
+            table!(@ $($features)?; repeat_rows(a: *const f32, rows: usize, n: usize, out: *mut f32));
             table!(@ $($features)?; accumulate(is_max: bool, a: Arg, into: *mut f32, n: usize));
             table!(@ $($features)?; accumulate_rows(is_max: bool, a: Arg, rows: usize, into: *mut f32, n: usize));
         }
@@ -172,6 +178,20 @@ mod tests {
                 assert_eq!(out, row_by_row);
                 keep(&out);
                 keep(&[(l.sum)(a.as_ptr(), 777), (l.max)(b.as_ptr(), 777)]);
+                // Rows of a length that no vector divides.
+                let (mut reduced, mut repeated) = ([0.0f32; 25], vec![f32::NAN; 25 * 31 + tape::SLACK]);
+                for is_max in [false, true] {
+                    (l.reduce_rows)(is_max, a.as_ptr(), 25, 31, reduced.as_mut_ptr());
+                    for (row, got) in a.chunks_exact(31).zip(&reduced) {
+                        let one = if is_max { (l.max)(row.as_ptr(), 31) } else { (l.sum)(row.as_ptr(), 31) };
+                        assert_eq!(got.to_bits(), one.to_bits());
+                    }
+                    (l.repeat_rows)(reduced.as_ptr(), 25, 31, repeated.as_mut_ptr());
+                    for (row, value) in repeated.chunks_exact(31).zip(&reduced) {
+                        assert!(row.iter().all(|got| got.to_bits() == value.to_bits()));
+                    }
+                    keep(&repeated[..25 * 31]);
+                }
             }
             bits
         };

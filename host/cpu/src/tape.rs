@@ -417,9 +417,13 @@ unsafe fn fold(a: *const f32, n: usize, start: f32, f: impl Fn(f32, f32) -> f32)
             *total = f(*total, unsafe { *a.add(i + lane) });
         }
     }
-    for i in whole..n {
-        // SAFETY: i < n.
-        lanes[i - whole] = f(lanes[i - whole], unsafe { *a.add(i) });
+    if whole < n {
+        // What is missing to whole lanes starts as they did, which changes none of them.
+        for (lane, total) in lanes.iter_mut().enumerate() {
+            // SAFETY: whole + lane < n.
+            let value = if whole + lane < n { unsafe { *a.add(whole + lane) } } else { start };
+            *total = f(*total, value);
+        }
     }
     let mut width = LANES / 2;
     while width > 0 {
@@ -445,6 +449,41 @@ pub unsafe fn sum(a: *const f32, n: usize) -> f32 {
 pub unsafe fn max(a: *const f32, n: usize) -> f32 {
     // SAFETY: the caller's promise is passed on.
     unsafe { fold(a, n, f32::NEG_INFINITY, maximum) }
+}
+
+/// The sum (or the maximum) of each of `rows` rows of `n` elements that follow each other.
+///
+/// # Safety
+/// `a` has `rows · n` readable elements, `out` has `rows` writable ones.
+#[inline(always)]
+pub unsafe fn reduce_rows(is_max: bool, a: *const f32, rows: usize, n: usize, out: *mut f32) {
+    for row in 0..rows {
+        // SAFETY: the caller's promise is passed on.
+        unsafe {
+            let from = a.add(row * n);
+            *out.add(row) = if is_max { max(from, n) } else { sum(from, n) };
+        }
+    }
+}
+
+/// Elements that [`repeat_rows`] may write past its end.
+pub const SLACK: usize = 16;
+
+/// Writes each of `rows` values `n` times, row after row.
+///
+/// # Safety
+/// `a` has `rows` readable elements, `out` has `rows · n + SLACK` writable ones.
+#[inline(always)]
+pub unsafe fn repeat_rows(a: *const f32, rows: usize, n: usize, out: *mut f32) {
+    for row in 0..rows {
+        // SAFETY: the caller's promise; what is written past a row's end, the next row overwrites.
+        unsafe {
+            let values = [*a.add(row); SLACK];
+            for start in (0..n).step_by(SLACK) {
+                out.add(row * n + start).cast::<[f32; SLACK]>().write_unaligned(values);
+            }
+        }
+    }
 }
 
 /// Adds (or takes the maximum of) a vector into another.

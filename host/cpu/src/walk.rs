@@ -4,6 +4,7 @@ use crate::memory::{Address, Memory};
 use crate::tape;
 use clip_host_compiler::kernel::Element;
 use clip_host_cpu_kernels::bf16;
+use std::ops::Range;
 
 /// How an operand moves from row to row.
 pub enum Rows {
@@ -57,6 +58,42 @@ pub unsafe fn read(memory: Memory, address: Address, element: Element, offset: u
             Element::F32 => *memory.at::<f32>(address).add(offset),
             Element::I32 => *memory.at::<i32>(address).add(offset) as f32,
             Element::Bf16 => tape::widened(*memory.at::<bf16>(address).add(offset)),
+        }
+    }
+}
+
+/// The value of an iota at the elements of a tile, or with no columns at its rows. `dims` are those of the rows and those
+/// of the columns; `factors` are for all of them.
+///
+/// # Safety
+/// `out` has room for the tile's elements, or rows.
+pub unsafe fn iota(
+    (outer, inner): (&[usize], &[usize]),
+    factors: &[usize],
+    rows: Range<usize>,
+    cols: Option<Range<usize>>,
+    out: *mut f32,
+) {
+    let at = |mut flat: usize, dims: &[usize], factors: &[usize]| {
+        let mut value = 0;
+        for (size, factor) in dims.iter().zip(factors).rev() {
+            value += flat % size * factor;
+            flat /= size;
+        }
+        value
+    };
+    let (outer_factors, inner_factors) = factors.split_at(outer.len());
+    let mut index = 0;
+    let mut write = |value: usize| {
+        // SAFETY: the caller's promise.
+        unsafe { *out.add(index) = value as f32 };
+        index += 1;
+    };
+    for row in rows {
+        let start = at(row, outer, outer_factors);
+        match cols.clone() {
+            None => write(start),
+            Some(cols) => cols.for_each(|col| write(start + at(col, inner, inner_factors))),
         }
     }
 }
