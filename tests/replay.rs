@@ -225,12 +225,20 @@ fn loss_dynamic_temperature() {
     }
 }
 
-/// Replays an optimizer and compares parameters after each step and the states after the last.
-fn optimizer(id: &str, name: &str, config: &str) {
+/// Replays an optimizer and compares parameters after each step and the states after the last but those in `absent`,
+/// which the plugin does not keep.
+fn optimizer(id: &str, name: &str, config: &str, absent: &[&str]) {
     let case = Case::load("optimizers", name);
-    let decay = case.entry["hyperparameters"]["weight_decay_per_parameter"]["p0"].as_f64().unwrap_or(0.0);
-    let got = replay("optimizer", id, "optimizers", name, config, &["--weight-decay", &decay.to_string()]);
-    compare_optimizer(&case, &got, &[]);
+    let decay =
+        |param: &str| case.entry["hyperparameters"]["weight_decay_per_parameter"][param].as_f64().unwrap_or(0.0);
+    // The vector decays where the case says so.
+    let no_decay = if decay("p1") == decay("p0") { "" } else { "1d" };
+    let more = ["--weight-decay", &decay("p0").to_string(), "--no-decay", no_decay];
+    let got = replay("optimizer", id, "optimizers", name, config, &more);
+    let params = ["p0", "p1", "p2", "p3"];
+    let absent: Vec<String> =
+        absent.iter().flat_map(|state| params.map(|param| format!("state.{state}.{param}"))).collect();
+    compare_optimizer(&case, &got, &absent.iter().map(String::as_str).collect::<Vec<_>>());
 }
 
 fn compare_optimizer(case: &Case, got: &HashMap<String, Vec<f64>>, absent: &[&str]) {
@@ -246,22 +254,76 @@ fn compare_optimizer(case: &Case, got: &HashMap<String, Vec<f64>>, absent: &[&st
 }
 
 #[test]
+fn optimizer_sgd() {
+    for decay in ["", "_wd"] {
+        optimizer("sgd", &format!("sgd{decay}"), "()", &[]);
+        optimizer("sgd", &format!("sgd_momentum{decay}"), "(momentum: 0.9)", &[]);
+        optimizer("sgd", &format!("sgd_nesterov{decay}"), "(momentum: 0.9, nesterov: true)", &[]);
+    }
+}
+
+#[test]
+fn optimizer_adam() {
+    for name in ["adam", "adam_wd"] {
+        optimizer("adam", name, "()", &[]);
+    }
+}
+
+/// The product of momenta, which the references keep for each parameter, follows from the step alone.
+#[test]
+fn optimizer_nadam() {
+    for decay in ["", "_wd"] {
+        optimizer("nadam", &format!("nadam_torch{decay}"), "()", &["mu_product"]);
+        optimizer("nadam", &format!("nadam_seed{decay}"), "()", &["m_schedule"]);
+    }
+}
+
+/// The reference notes the parameter's root mean square and does not read it.
+#[test]
+fn optimizer_adafactor() {
+    for decay in ["", "_wd"] {
+        for (name, config) in [
+            ("lr", "()"),
+            ("lr_beta1", "(beta1: Some(0.9))"),
+            ("relative", "(relative_step: true)"),
+            ("relative_noscale_warmup", "(relative_step: true, scale_parameter: false, warmup_init: true)"),
+        ] {
+            optimizer("adafactor", &format!("adafactor_{name}{decay}"), config, &["RMS"]);
+        }
+    }
+}
+
+#[test]
+fn optimizer_novograd() {
+    for decay in ["", "_wd"] {
+        optimizer("novograd", &format!("nvnovograd{decay}"), "()", &[]);
+        let config = "(grad_averaging: true, amsgrad: true)";
+        optimizer("novograd", &format!("nvnovograd_averaging_amsgrad{decay}"), config, &[]);
+    }
+    for name in ["novograd_seed", "novograd_seed_constructor_wd"] {
+        optimizer("novograd", name, r#"(variant: "original")"#, &[]);
+    }
+    let config = r#"(variant: "original", grad_averaging: true)"#;
+    optimizer("novograd", "novograd_seed_averaging", config, &[]);
+}
+
+#[test]
 fn optimizer_adamw() {
     for name in ["adamw", "adamw_wd"] {
-        optimizer("adamw", name, "()");
+        optimizer("adamw", name, "()", &[]);
     }
     for name in ["adamw_amsgrad", "adamw_amsgrad_wd"] {
-        optimizer("adamw", name, "(amsgrad: true)");
+        optimizer("adamw", name, "(amsgrad: true)", &[]);
     }
 }
 
 #[test]
 fn optimizer_radam() {
     for name in ["radam_seed", "radam_seed_wd"] {
-        optimizer("radam", name, r#"(variant: "original")"#);
+        optimizer("radam", name, r#"(variant: "original")"#, &[]);
     }
     for name in ["radam_torch", "radam_torch_wd"] {
-        optimizer("radam", name, r#"(variant: "torch")"#);
+        optimizer("radam", name, r#"(variant: "torch")"#, &[]);
     }
 }
 
@@ -312,6 +374,47 @@ fn scheduler_of_open_clip() {
     let config = "(warmup_steps: 20, warmup_counts_from_one: true)";
     scheduler("cosine", "openclip_cosine", config, &["--total-steps", "150", "--epochs", "150"]);
     scheduler("constant", "openclip_const", config, &["--total-steps", "150", "--epochs", "150"]);
+    let config = "(warmup_steps: 20)";
+    scheduler("linear_warmup_cosine", "openclip_cosine", config, &["--epochs", "150"]);
+}
+
+#[test]
+fn scheduler_with_torch_warm_restarts() {
+    for (name, unit, steps) in [("", "epoch", "1"), ("_fractional", "epoch_fraction", "8")] {
+        let cycles = format!(r#"unit: "{unit}", cycle_limit: 0"#);
+        let more = ["--steps-per-epoch", steps];
+        let config = format!("({cycles}, t_initial: 5.0, t_mul: 2.0, min_lr: 1e-6)");
+        scheduler("cosine", &format!("warm_restarts{name}"), &config, &more);
+        scheduler("cosine", &format!("warm_restarts_mult1{name}"), &format!("({cycles}, t_initial: 4.0)"), &more);
+    }
+}
+
+#[test]
+fn scheduler_step() {
+    let config = "(decay_t: 7.0, decay_rate: 0.3, warmup_epochs: 4.0, warmup_lr: 1e-5)";
+    scheduler("step", "step", config, &[]);
+    scheduler("step", "step_no_warmup", "(decay_t: 5.0, decay_rate: 0.1)", &[]);
+}
+
+#[test]
+fn scheduler_tanh() {
+    let common = r#"unit: "epoch", min_lr: 1e-6, warmup_lr: 1e-5"#;
+    let config = format!("({common}, t_initial: 20.0, warmup_epochs: 4.0)");
+    scheduler("tanh", "tanh", &config, &[]);
+    let config = format!(
+        "({common}, lb: -5.0, ub: 3.0, t_initial: 5.0, t_mul: 2.0, decay_rate: 0.5, warmup_epochs: 3.0, \
+         warmup_prefix: true, cycle_limit: 2)"
+    );
+    scheduler("tanh", "tanh_restarts_prefix", &config, &[]);
+}
+
+#[test]
+fn scheduler_plateau() {
+    let common = "min_lr: 1e-6, warmup_epochs: 3, warmup_lr: 1e-5";
+    let config = format!(r#"({common}, mode: "max", patience: 3, factor: 0.5)"#);
+    scheduler("plateau", "plateau_max", &config, &[]);
+    let config = format!(r#"({common}, mode: "min", patience: 2, factor: 0.3, threshold: 0.01, cooldown: 2)"#);
+    scheduler("plateau", "plateau_min_cooldown", &config, &[]);
 }
 
 /// Replays an encoder and compares outputs, all gradients and running statistics; returns how many tensors of each mode.

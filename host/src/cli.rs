@@ -191,9 +191,9 @@ pub enum KindArg {
 /// Names in the files, all of them stacked over steps where there are steps:
 ///
 /// loss: image_features text_features [image_ids text_ids epoch] in; loss grad_image_features grad_text_features state.* out.
-/// optimizer: param_init.* grad.* lr in; param_after.* state.* out.
+/// optimizer: param_init.* grad.* [lr] in; param_after.* state.* out.
 /// encoder: param.* input.* cotangent.* in; eval.* train.* (outputs, gradients, running statistics) out.
-/// scheduler: index in; lr out.
+/// scheduler: index (of steps; or epoch, with fractions) [metric] in; lr out.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub struct ReplayArgs {
@@ -213,19 +213,25 @@ pub struct ReplayArgs {
     /// More libraries, or folders of them, to search.
     #[arg(long, value_name = "PATH")]
     pub path: Vec<PathBuf>,
-    /// Optimizers: weight decay of all parameters but those with one dimension and biases.
+    /// Optimizers: weight decay of all parameters but those of --no-decay.
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub weight_decay: f64,
-    /// Schedulers: the base learning rate.
+    /// Optimizers: patterns of parameters that do not decay, as `optimizer.no_decay` of recipes; '' for none.
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',', default_value = "1d,*.bias")]
+    pub no_decay: Vec<String>,
+    /// Schedulers: the base learning rate. Optimizers: the rate of all steps, if the input has no `lr`.
     #[arg(long, value_name = "X", default_value_t = 1e-3)]
     pub lr: f64,
     /// Schedulers: epochs of the run.
     #[arg(long, value_name = "N", default_value_t = 30)]
     pub epochs: u64,
-    /// Schedulers: steps of the run [default: as many as epochs].
+    /// Schedulers: steps of the run [default: those of its epochs].
     #[arg(long, value_name = "N")]
     pub total_steps: Option<u64>,
-    /// Schedulers: the metric that a schedule may look at.
+    /// Schedulers: steps in an epoch.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    pub steps_per_epoch: u64,
+    /// Schedulers: the metric that a schedule may look at, if the input has none for each index.
     #[arg(long, value_name = "X")]
     pub metric: Option<f64>,
 }

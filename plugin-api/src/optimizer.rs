@@ -32,6 +32,16 @@ pub struct ParamUpdate<'g> {
 }
 
 impl<'g> ParamUpdate<'g> {
+    /// What the host makes of its nodes; `scalars` under the names that [`Optimizer::scalars`] gives them.
+    pub fn new(
+        param: Tensor<'g>,
+        grad: Tensor<'g>,
+        info: ParamInfo,
+        scalars: impl IntoIterator<Item = (String, Tensor<'g>)>,
+    ) -> Self {
+        ParamUpdate { param, grad, info, scalars: scalars.into_iter().collect() }
+    }
+
     pub fn shape(&self) -> Vec<usize> {
         self.param.shape()
     }
@@ -84,15 +94,13 @@ pub fn build<O: Optimizer>(request: &OptimizerRequest) -> Result<Fragment, Build
     let graph = Graph::new();
     let config = config::<O>(&request.config)?;
     let shape = &request.info.shape;
-    let update = ParamUpdate {
-        param: graph.input("param", shape, DType::F32),
-        grad: graph.input("grad", shape, DType::F32),
-        info: request.info.clone(),
-        scalars: O::scalars(&config, 1, 0.0)
-            .into_iter()
-            .map(|(name, _)| (name.to_string(), graph.input(&format!("scalar.{name}"), &[], DType::F32)))
-            .collect(),
-    };
+    let scalars = O::scalars(&config, 1, 0.0).into_iter();
+    let update = ParamUpdate::new(
+        graph.input("param", shape, DType::F32),
+        graph.input("grad", shape, DType::F32),
+        request.info.clone(),
+        scalars.map(|(name, _)| (name.to_string(), graph.input(&format!("scalar.{name}"), &[], DType::F32))),
+    );
     let new = O::build(&config, &graph, &update)?.expand_to(shape);
     graph.output("param", new);
     graph.finish()

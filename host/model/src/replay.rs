@@ -311,23 +311,27 @@ pub fn loss(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
     Ok(out.finish(steps))
 }
 
-/// `param_init.* grad.* lr` in, `param_after.* state.*` out. Parameters with one dimension and those whose name ends in
-/// `.bias` do not decay; all others do by `weight_decay`.
-pub fn optimizer(part: &Part, weight_decay: f64, tensors: &Tensors) -> Result<Tensors, ModelError> {
-    let lr = required(tensors, "lr")?;
-    let steps = lr.values().len();
+/// `param_init.* grad.* [lr]` in, `param_after.* state.*` out; gradients and rates are stacked over steps, and without
+/// `lr` every step has the given rate. `decay` is a weight decay and the patterns of parameters that do not decay.
+pub fn optimizer(part: &Part, lr: f64, decay: (f64, &[String]), tensors: &Tensors) -> Result<Tensors, ModelError> {
+    let (weight_decay, no_decay) = decay;
     let mut out = Tensors::new();
-    let no_decay = ["1d".to_string(), "*.bias".to_string()];
     for (name, init) in tensors.iter().filter_map(|(n, t)| Some((n.strip_prefix("param_init.")?, t))) {
         let grads = required(tensors, &format!("grad.{name}"))?;
-        let decay = if crate::assemble::decays(&no_decay, name, init.shape.len()) { weight_decay } else { 0.0 };
+        let steps = grads.shape.first().copied().unwrap_or(0);
+        let rates = tensors.get("lr").map_or(vec![lr; steps], Tensor::values);
+        if rates.len() != steps {
+            let problem = format!("`grad.{name}` is of {steps} steps, `lr` of {}", rates.len());
+            return Err(ModelError::Replay(problem));
+        }
+        let decay = if crate::assemble::decays(no_decay, name, init.shape.len()) { weight_decay } else { 0.0 };
         let info = ParamInfo { name: name.into(), shape: init.shape.clone(), weight_decay: decay };
         let fragment =
             part.plugin.fragment(&Request::Optimizer(OptimizerRequest { config: part.config.clone(), info }))?;
         let mut compiled = Compiled::new(&fragment, &[], &[])?;
         let mut param = init.values();
         let mut stack = Stacks::default();
-        for (step, lr) in lr.values().into_iter().enumerate() {
+        for (step, lr) in rates.into_iter().enumerate() {
             let request = ScalarsRequest { config: part.config.clone(), step: step as u64 + 1, lr };
             for (scalar, value) in part.plugin.scalars(&request)?.scalars {
                 compiled.set(&format!("scalar.{scalar}"), &[value])?;
@@ -436,17 +440,35 @@ pub fn encoder(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
     Ok(out)
 }
 
-/// `index` (steps or epochs) in, `lr` out. `run` says what the schedule is told of the run: its `step` and `epoch` are
-/// replaced by the index, with one step in an epoch.
+/// `index` (numbers of steps) or `epoch` (with fractions, to the nearest step) in, `lr` out; the rates are asked for in
+/// this order. With `metric`, each place has one of an evaluation just before. `run` says what else the schedule is told.
 pub fn scheduler(part: &Part, run: &Progress, tensors: &Tensors) -> Result<Tensors, ModelError> {
-    let index = required(tensors, "index")?;
+    let per_epoch = run.steps_per_epoch.max(1);
+    let (places, steps): (&Tensor, Vec<u64>) = match (tensors.get("index"), tensors.get("epoch")) {
+        (None, Some(epochs)) => {
+            let step = |epoch: f64| (epoch * per_epoch as f64).round() as u64;
+            (epochs, epochs.values().into_iter().map(step).collect())
+        }
+        _ => {
+            let index = required(tensors, "index")?;
+            (index, index.values().into_iter().map(|at| at as u64).collect())
+        }
+    };
+    let metrics = tensors.get("metric").map(Tensor::values);
+    if let Some(metrics) = metrics.as_ref().filter(|metrics| metrics.len() != steps.len()) {
+        let problem = format!("`metric` has {} elements, there are {} places", metrics.len(), steps.len());
+        return Err(ModelError::Replay(problem));
+    }
     let mut state = serde_json::Value::Null;
     let mut lr = Vec::new();
-    for at in index.values() {
-        let progress = Progress { step: at as u64, epoch: at as u64, steps_per_epoch: 1, ..run.clone() };
+    for (place, step) in steps.into_iter().enumerate() {
+        let mut progress = Progress { step, epoch: step / per_epoch, ..run.clone() };
+        if let Some(metrics) = &metrics {
+            (progress.metric, progress.evaluations) = (Some(metrics[place]), place as u64 + 1);
+        }
         let answer = part.plugin.schedule(&ScheduleRequest { config: part.config.clone(), progress, state })?;
         state = answer.state;
         lr.push(answer.lr);
     }
-    Ok(Tensors::from([("lr".to_string(), Tensor { shape: index.shape.clone(), data: Data::F64(lr) })]))
+    Ok(Tensors::from([("lr".to_string(), Tensor { shape: places.shape.clone(), data: Data::F64(lr) })]))
 }

@@ -204,6 +204,7 @@ fn schedule(recipe: &Recipe, plugins: &Plugins, steps_per_epoch: u64) -> Result<
             epoch: step / steps_per_epoch,
             epochs,
             metric: None,
+            evaluations: 0,
         };
         state = plugins.learning_rate(progress, state).map_err(|error| error.to_string())?.state;
     }

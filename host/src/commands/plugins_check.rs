@@ -217,6 +217,8 @@ fn scheduler(plugin: &Plugin, config: &Value, report: Report) -> Result<(), CliE
                 epoch: step / steps_per_epoch,
                 epochs,
                 metric,
+                // One at the end of each epoch.
+                evaluations: metric.map_or(0, |_| step / steps_per_epoch),
             };
             let answer = plugin.schedule(&ScheduleRequest { config: config.clone(), progress, state });
             let answer = answer.map_err(|error| error.to_string())?;

@@ -21,7 +21,7 @@ pub fn run(args: &ReplayArgs) -> Result<(), CliError> {
     let input = read(&args.input)?;
     let output = match args.kind {
         KindArg::Loss => replay::loss(&part, &input),
-        KindArg::Optimizer => replay::optimizer(&part, args.weight_decay, &input),
+        KindArg::Optimizer => replay::optimizer(&part, args.lr, (args.weight_decay, &args.no_decay), &input),
         KindArg::Encoder => replay::encoder(&part, &input),
         KindArg::Scheduler => replay::scheduler(&part, &progress(args), &input),
     };
@@ -77,11 +77,12 @@ fn progress(args: &ReplayArgs) -> Progress {
     Progress {
         base_lr: args.lr,
         step: 0,
-        steps_per_epoch: 1,
-        total_steps: args.total_steps.unwrap_or(args.epochs),
+        steps_per_epoch: args.steps_per_epoch,
+        total_steps: args.total_steps.unwrap_or(args.epochs.saturating_mul(args.steps_per_epoch)),
         epoch: 0,
         epochs: args.epochs,
         metric: args.metric,
+        evaluations: 0,
     }
 }
 

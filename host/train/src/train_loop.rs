@@ -268,6 +268,7 @@ impl<'p> Run<'p> {
             epoch: self.state.epoch,
             epochs: self.job.recipe.train.epochs,
             metric: self.state.evaluations.last().and_then(|last| last.metrics.get(MAIN_METRIC).copied()),
+            evaluations: self.state.evaluations.len() as u64,
         };
         let answer = self.job.plugins.learning_rate(progress, self.state.scheduler.take());
         let answer = answer.map_err(|error| plugin_error(&error))?;

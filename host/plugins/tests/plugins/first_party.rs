@@ -44,8 +44,16 @@ fn exercise(plugin: &Plugin, config: Value) {
             let mut state = Value::Null;
             for step in [0, 1, 50, 99] {
                 let (steps_per_epoch, total_steps, epochs, epoch) = (10, 100, 10, step / 10);
-                let progress =
-                    Progress { base_lr: 2e-4, step, steps_per_epoch, total_steps, epoch, epochs, metric: None };
+                let progress = Progress {
+                    base_lr: 2e-4,
+                    step,
+                    steps_per_epoch,
+                    total_steps,
+                    epoch,
+                    epochs,
+                    metric: None,
+                    evaluations: 0,
+                };
                 let request = ScheduleRequest { config: config.clone(), progress, state };
                 let answer = plugin.schedule(&request).unwrap_or_else(|error| panic!("{error}"));
                 assert!(answer.lr <= 2e-4 * (1.0 + 1e-12), "{} at step {step}", answer.lr);

@@ -221,8 +221,16 @@ fn scalars_arrive_exactly_and_must_be_finite() {
 fn a_schedule_keeps_its_state_and_stays_in_range() {
     let plugin = load("wild_scheduler");
     let ask = |factor: f64, base_lr: f64, state: Value| {
-        let progress =
-            Progress { base_lr, step: 7, steps_per_epoch: 10, total_steps: 100, epoch: 0, epochs: 10, metric: None };
+        let progress = Progress {
+            base_lr,
+            step: 7,
+            steps_per_epoch: 10,
+            total_steps: 100,
+            epoch: 0,
+            epochs: 10,
+            metric: None,
+            evaluations: 0,
+        };
         plugin.schedule(&ScheduleRequest { config: json!({ "factor": factor }), progress, state })
     };
     let first = ask(1.0, 2e-4, Value::Null).expect("sound");

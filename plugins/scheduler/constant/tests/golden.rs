@@ -9,7 +9,16 @@ use clip_scheduler_constant::{Constant, ConstantConfig};
 use golden::Case;
 
 fn at(step: u64) -> Progress {
-    Progress { base_lr: 5e-4, step, steps_per_epoch: 10, total_steps: 150, epoch: step / 10, epochs: 15, metric: None }
+    Progress {
+        base_lr: 5e-4,
+        step,
+        steps_per_epoch: 10,
+        total_steps: 150,
+        epoch: step / 10,
+        epochs: 15,
+        metric: None,
+        evaluations: 0,
+    }
 }
 
 #[test]
@@ -43,8 +52,31 @@ fn warmup_starts_at_its_rate() {
     assert_eq!(lr(4), 5e-4);
 }
 
+/// open_clip's `const_lr_cooldown`: ((1 − e/es)^power)·(base − end) + end at step e of the last es. (No golden case has it.)
+#[test]
+fn cooldown() {
+    let config = ConstantConfig {
+        warmup_steps: 20,
+        cooldown_steps: 50,
+        cooldown_lr: 1e-4,
+        cooldown_power: 2.0,
+        ..Default::default()
+    };
+    let in_epochs = ConstantConfig { cooldown_steps: 0, cooldown_epochs: 5.0, ..config.clone() };
+    for config in [config, in_epochs] {
+        let lr = |step| Constant::lr(&config, &at(step), &mut Value::Null).unwrap();
+        assert_eq!((lr(20), lr(99), lr(100), lr(150)), (5e-4, 5e-4, 5e-4, 1e-4));
+        for step in 100..150 {
+            let expected = (1.0 - (step - 100) as f64 / 50.0).powi(2) * (5e-4 - 1e-4) + 1e-4;
+            assert!((lr(step) - expected).abs() < 1e-15, "step {step}: expected {expected}, got {}", lr(step));
+        }
+    }
+}
+
 #[test]
 fn two_warmups_are_refused() {
     let config = ConstantConfig { warmup_steps: 1, warmup_epochs: 1.0, ..Default::default() };
+    assert!(Constant::lr(&config, &at(0), &mut Value::Null).is_err());
+    let config = ConstantConfig { cooldown_steps: 1, cooldown_epochs: 1.0, ..Default::default() };
     assert!(Constant::lr(&config, &at(0), &mut Value::Null).is_err());
 }

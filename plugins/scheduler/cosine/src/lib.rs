@@ -8,20 +8,12 @@
 //!
 //! - open_clip: `(warmup_steps: 10000, warmup_counts_from_one: true)`
 //! - the CLIP studies: `(unit: "epoch", warmup_epochs: 5, warmup_step_size: 100, warmup_lr: 1e-5, min_lr: 1e-6)`
+//! - PyTorch's `CosineAnnealingWarmRestarts(T_0=5, T_mult=2)`: `(unit: "epoch", t_initial: 5, t_mul: 2, cycle_limit: 0)`,
+//!   or with unit `epoch_fraction` if its `step` is called with fractions of an epoch
 
 use clip_host_plugin_api::prelude::*;
+use clip_host_plugin_api::scheduler::{Clock, Cycle, Unit};
 use clip_host_plugin_api::serde_json::Value;
-
-/// What the schedule counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Unit {
-    /// The rate changes at every step.
-    #[default]
-    Step,
-    /// The rate changes at every epoch.
-    Epoch,
-}
 
 /// Settings of the `cosine` scheduler.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -96,42 +88,28 @@ impl Plugin for Cosine {
 impl Scheduler for Cosine {
     fn lr(config: &CosineConfig, progress: &Progress, _: &mut Value) -> Result<f64, BuildError> {
         config.check()?;
-        let clock = Clock::new(config, progress);
-        if clock.now < clock.warmup {
-            let done = clock.now + f64::from(u8::from(config.warmup_counts_from_one));
-            return Ok(config.warmup_lr + (progress.base_lr - config.warmup_lr) * (done / clock.warmup).min(1.0));
+        let time = config.time(progress)?;
+        if time.now < time.warmup {
+            let done = time.now + if config.warmup_counts_from_one { time.tick } else { 0.0 };
+            return Ok(config.warmup_lr + (progress.base_lr - config.warmup_lr) * (done / time.warmup).min(1.0));
         }
-
-        let mut t = clock.now - if config.warmup_prefix { clock.warmup } else { 0.0 };
-        let mut length = if config.t_initial > 0.0 { config.t_initial } else { clock.rest };
-        let mut cycle = 0;
-        if config.t_mul > 1.0 {
-            while t >= length {
-                t -= length;
-                length *= config.t_mul;
-                cycle += 1;
-            }
-        } else {
-            cycle = (t / length).floor() as i32;
-            t %= length;
-        }
-        if config.cycle_limit > 0 && cycle as u32 >= config.cycle_limit {
+        let now = time.now - if config.warmup_prefix { time.warmup } else { 0.0 };
+        let length = if config.t_initial > 0.0 { config.t_initial } else { time.rest };
+        let cycle = Cycle::at(now, length, config.t_mul);
+        if config.cycle_limit > 0 && cycle.index >= config.cycle_limit {
             return Ok(config.min_lr);
         }
-        let decay = config.decay_rate.powi(cycle);
+        let decay = config.decay_rate.powi(cycle.index as i32);
         let (low, high) = (config.min_lr * decay, progress.base_lr * decay);
-        Ok(low + 0.5 * (high - low) * (1.0 + (std::f64::consts::PI * t / length).cos()))
+        Ok(low + 0.5 * (high - low) * (1.0 + (std::f64::consts::PI * cycle.now / cycle.length).cos()))
     }
 }
 
 impl CosineConfig {
     fn check(&self) -> Result<(), BuildError> {
         let refuse = |what: &str| Err(BuildError::new(format!("cosine {what}")));
-        if self.warmup_steps > 0 && self.warmup_epochs > 0.0 {
-            return refuse("takes either warmup_steps or warmup_epochs, it got both");
-        }
         if self.warmup_step_size > 0 && self.unit != Unit::Epoch {
-            return refuse("takes warmup_step_size with unit \"epoch\" only, it got unit \"step\"");
+            return refuse("takes warmup_step_size with unit \"epoch\" only, it got another");
         }
         if !(self.t_mul >= 1.0 && self.t_mul.is_finite() && self.t_initial >= 0.0) {
             return refuse(&format!(
@@ -141,41 +119,34 @@ impl CosineConfig {
         }
         Ok(())
     }
+
+    fn time(&self, progress: &Progress) -> Result<Time, BuildError> {
+        let mut progress = progress.clone();
+        if self.steps_per_epoch > 0 {
+            progress.steps_per_epoch = self.steps_per_epoch;
+            progress.epoch = progress.step / self.steps_per_epoch;
+        }
+        let Clock { now, total, tick, .. } = progress.clock(self.unit);
+        let warmup = progress.clock(self.unit).warmup("cosine", self.warmup_steps, self.warmup_epochs)?;
+        let now = match self.warmup_step_size {
+            0 => now,
+            // The studies' loop moves its clock after the update of steps 0, 100, 200, …
+            size if progress.epoch == 0 => ((progress.step.saturating_sub(1) / size) as f64).min(warmup),
+            _ => now + warmup,
+        };
+        // A warm-up inside epoch 0 takes nothing of the cosine's time.
+        let taken = if self.warmup_prefix && self.warmup_step_size == 0 { warmup } else { 0.0 };
+        Ok(Time { now, tick, warmup, rest: (total - taken).max(tick) })
+    }
 }
 
 /// Time in the schedule's units.
-struct Clock {
+struct Time {
     now: f64,
+    tick: f64,
     warmup: f64,
     /// What the warm-up leaves of the run.
     rest: f64,
-}
-
-impl Clock {
-    fn new(config: &CosineConfig, progress: &Progress) -> Self {
-        let own_epochs = config.steps_per_epoch == 0;
-        let per_epoch = if own_epochs { progress.steps_per_epoch.max(1) } else { config.steps_per_epoch };
-        let epoch = if own_epochs { progress.epoch } else { progress.step / per_epoch };
-        let (warmup, total) = match config.unit {
-            Unit::Step => {
-                let warmup = config.warmup_steps as f64 + config.warmup_epochs * per_epoch as f64;
-                (warmup, progress.total_steps as f64)
-            }
-            Unit::Epoch => {
-                (config.warmup_epochs + config.warmup_steps as f64 / per_epoch as f64, progress.epochs as f64)
-            }
-        };
-        let now = match (config.unit, config.warmup_step_size) {
-            (Unit::Step, _) => progress.step as f64,
-            (Unit::Epoch, 0) => epoch as f64,
-            // The studies' loop moves its clock after the update of steps 0, 100, 200, …
-            (Unit::Epoch, size) if epoch == 0 => ((progress.step.saturating_sub(1) / size) as f64).min(warmup),
-            (Unit::Epoch, _) => epoch as f64 + warmup,
-        };
-        // A warm-up inside epoch 0 takes nothing of the cosine's time.
-        let taken = if config.warmup_prefix && config.warmup_step_size == 0 { warmup } else { 0.0 };
-        Clock { now, warmup, rest: (total - taken).max(1.0) }
-    }
 }
 
 #[cfg(feature = "export")]

@@ -3,9 +3,9 @@
 #[path = "../../../../tests/support/golden.rs"]
 mod golden;
 
-use clip_host_plugin_api::scheduler::{Progress, Scheduler};
+use clip_host_plugin_api::scheduler::{Progress, Scheduler, Unit};
 use clip_host_plugin_api::serde_json::Value;
-use clip_scheduler_cosine::{Cosine, CosineConfig, Unit};
+use clip_scheduler_cosine::{Cosine, CosineConfig};
 use golden::Case;
 
 /// Compares every index of a case; `progress` gives the place in training that an index stands for.
@@ -28,6 +28,7 @@ fn plain(case: &Case, length: u64) -> impl Fn(u64) -> Progress {
         epoch: index,
         epochs: length,
         metric: None,
+        evaluations: 0,
     }
 }
 
@@ -68,6 +69,7 @@ fn the_studies_loop() {
             epoch: step / per_epoch,
             epochs: 30,
             metric: None,
+            evaluations: 0,
         };
         check(&case, &config, progress);
         // The length of the run is found without being told …
@@ -110,6 +112,38 @@ fn open_clip() {
     let config = CosineConfig { warmup_steps: 0, warmup_epochs: 2.0, ..config };
     let progress = plain(&case, 150);
     check(&case, &config, |index| Progress { steps_per_epoch: 10, epoch: index / 10, epochs: 15, ..progress(index) });
+}
+
+/// PyTorch's `CosineAnnealingWarmRestarts`, stepped at every epoch and at every eighth of one.
+#[test]
+fn torch_warm_restarts() {
+    for (name, fractional) in [
+        ("warm_restarts", false),
+        ("warm_restarts_mult1", false),
+        ("warm_restarts_fractional", true),
+        ("warm_restarts_mult1_fractional", true),
+    ] {
+        let case = Case::load("schedulers", name);
+        let config = CosineConfig {
+            unit: if fractional { Unit::EpochFraction } else { Unit::Epoch },
+            min_lr: case.number("eta_min"),
+            t_initial: case.number("T_0"),
+            t_mul: case.number("T_mult"),
+            cycle_limit: 0,
+            ..Default::default()
+        };
+        let (places, per_epoch) = if fractional { ("epoch", 8.0) } else { ("index", 1.0) };
+        for (&epoch, &expected) in case.tensor(places).iter().zip(case.tensor("lr")) {
+            let progress = Progress {
+                step: (epoch * per_epoch) as u64,
+                steps_per_epoch: per_epoch as u64,
+                epoch: epoch as u64,
+                ..plain(&case, 45)(0)
+            };
+            let lr = Cosine::lr(&config, &progress, &mut Value::Null).unwrap();
+            assert!((lr - expected).abs() <= 1e-9 * expected, "{name} at {epoch}: expected {expected}, got {lr}");
+        }
+    }
 }
 
 /// Cycles of equal length start over.
