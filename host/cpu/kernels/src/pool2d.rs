@@ -126,21 +126,37 @@ fn max_forward<T: Element>(pool: &ThreadPool, shape: &Pool2dShape, input: &[T], 
 per_isa! {
 /// The maxima of a row of windows.
 fn max_row<T: Element>(s: &Pool2dShape, input: &[T], row: usize, out: &mut [T]) {
+    if s.channels.is_multiple_of(16) {
+        max_windows::<T, 16>(s, input, row, out);
+    } else if s.channels.is_multiple_of(8) {
+        max_windows::<T, 8>(s, input, row, out);
+    } else {
+        max_windows::<T, 1>(s, input, row, out);
+    }
+}
+}
+
+/// The maxima of a row of windows, for some channels at a time, which stay in registers.
+#[inline(always)]
+fn max_windows<T: Element, const LANES: usize>(s: &Pool2dShape, input: &[T], row: usize, out: &mut [T]) {
     let c = s.channels;
     let (image, (y0, y1)) = (row / s.out_h, s.rows(row % s.out_h));
     for (x, out) in out.chunks_exact_mut(c.max(1)).enumerate() {
         let (x0, x1) = s.cols(x);
-        out.fill(T::narrow(f32::NEG_INFINITY));
-        for y in y0..y1 {
-            for x in x0..x1 {
-                let values = &input[((image * s.in_h + y) * s.in_w + x) * c..][..c];
-                for (out, value) in out.iter_mut().zip(values) {
-                    *out = if wins(value.widen(), out.widen()) { *value } else { *out };
+        for (first, out) in (0..c).step_by(LANES).zip(out.chunks_exact_mut(LANES)) {
+            let mut best = [f32::NEG_INFINITY; LANES];
+            for y in y0..y1 {
+                for x in x0..x1 {
+                    let at = ((image * s.in_h + y) * s.in_w + x) * c + first;
+                    for (best, value) in best.iter_mut().zip(&input[at..at + LANES]) {
+                        let value = value.widen();
+                        *best = if wins(value, *best) { value } else { *best };
+                    }
                 }
             }
+            out.iter_mut().zip(best).for_each(|(out, best)| *out = T::narrow(best));
         }
     }
-}
 }
 
 /// Whether a value replaces the maximum so far: equal ones do not, NaN does,
@@ -186,20 +202,18 @@ fn max_backward<T: Element>(
     let bands = s.in_h.div_ceil(BAND);
     // Gradients of another type than f32 are summed in scratch memory and rounded once.
     let sums = if T::as_f32_mut(&mut []).is_some() { 0 } else { BAND.min(s.in_h) * s.in_w * c };
-    pool.reserve_scratch(2 * c + sums);
+    pool.reserve_scratch(sums);
     pool.run(s.batch * bands, &|task, worker| {
         let (image, top) = (task / bands, task % bands * BAND);
         let rows = s.in_h.min(top + BAND) - top;
         // SAFETY: each task has its own rows of the gradient.
         let grad = unsafe { grad.slice((image * s.in_h + top) * s.in_w * c, rows * s.in_w * c) };
-        let mut scratch = pool.scratch(worker, 2 * c + sums);
-        let (best, place) = scratch.split_at_mut(c);
-        let (place, sums) = place.split_at_mut(c);
         match T::as_f32_mut(grad) {
-            Some(grad) => max_band(pool.isa(), &s, input, output_grad, image, top, grad, best, place),
+            Some(grad) => max_band(pool.isa(), &s, input, output_grad, image, top, grad),
             None => {
-                let sums = &mut sums[..grad.len()];
-                max_band(pool.isa(), &s, input, output_grad, image, top, sums, best, place);
+                let mut scratch = pool.scratch(worker, sums);
+                let sums = &mut scratch[..grad.len()];
+                max_band(pool.isa(), &s, input, output_grad, image, top, sums);
                 convert(pool.isa(), sums, grad);
             }
         }
@@ -211,7 +225,6 @@ const BAND: usize = 16;
 
 per_isa! {
 /// The gradient of the input rows from `top` on.
-#[allow(clippy::too_many_arguments)]
 fn max_band<T: Element>(
     s: &Pool2dShape,
     input: &[T],
@@ -219,8 +232,26 @@ fn max_band<T: Element>(
     image: usize,
     top: usize,
     grad: &mut [f32],
-    best: &mut [f32],
-    place: &mut [f32],
+) {
+    if s.channels.is_multiple_of(16) {
+        max_band_of::<T, 16>(s, input, output_grad, image, top, grad);
+    } else if s.channels.is_multiple_of(8) {
+        max_band_of::<T, 8>(s, input, output_grad, image, top, grad);
+    } else {
+        max_band_of::<T, 1>(s, input, output_grad, image, top, grad);
+    }
+}
+}
+
+/// The gradient of the input rows from `top` on, for some channels at a time.
+#[inline(always)]
+fn max_band_of<T: Element, const LANES: usize>(
+    s: &Pool2dShape,
+    input: &[T],
+    output_grad: &[T],
+    image: usize,
+    top: usize,
+    grad: &mut [f32],
 ) {
     let c = s.channels;
     grad.fill(0.0);
@@ -234,37 +265,46 @@ fn max_band<T: Element>(
         let (y0, y1) = s.rows(y);
         for x in 0..s.out_w {
             let (x0, x1) = s.cols(x);
-            best.fill(f32::NEG_INFINITY);
-            place.fill(0.0);
-            // The place within the window is kept as a float: exact, and as wide as the values.
-            let mut at = 0.0;
-            for y in y0..y1 {
-                for x in x0..x1 {
-                    let values = &input[((image * s.in_h + y) * s.in_w + x) * c..][..c];
-                    for ((best, place), value) in best.iter_mut().zip(place.iter_mut()).zip(values) {
-                        let wins = wins(value.widen(), *best);
-                        *best = if wins { value.widen() } else { *best };
-                        *place = if wins { at } else { *place };
-                    }
-                    at += 1.0;
-                }
-            }
             let incoming = &output_grad[((image * s.out_h + y) * s.out_w + x) * c..][..c];
-            let mut at = 0.0;
-            for y in y0..y1 {
-                for x in x0..x1 {
-                    if y >= top && y < bottom {
-                        let grad = &mut grad[((y - top) * s.in_w + x) * c..][..c];
-                        for ((grad, place), incoming) in grad.iter_mut().zip(place.iter()).zip(incoming) {
-                            *grad += if *place == at { incoming.widen() } else { 0.0 };
+            for (channel, incoming) in (0..c).step_by(LANES).zip(incoming.chunks_exact(LANES)) {
+                let start = |y: usize, x: usize| ((image * s.in_h + y) * s.in_w + x) * c + channel;
+                let mut best = [f32::NEG_INFINITY; LANES];
+                for y in y0..y1 {
+                    for x in x0..x1 {
+                        for (best, value) in best.iter_mut().zip(&input[start(y, x)..][..LANES]) {
+                            let value = value.widen();
+                            *best = if wins(value, *best) { value } else { *best };
                         }
                     }
-                    at += 1.0;
+                }
+                // The first value that is the maximum takes what there is; that of a NaN goes to the last NaN.
+                let mut left = [0.0; LANES];
+                left.iter_mut().zip(incoming).for_each(|(left, incoming)| *left = incoming.widen());
+                let mut elsewhere = [0.0; LANES];
+                for y in y0..y1 {
+                    for x in x0..x1 {
+                        let values = &input[start(y, x)..][..LANES];
+                        let grad = match y >= top && y < bottom {
+                            true => &mut grad[((y - top) * s.in_w + x) * c + channel..][..LANES],
+                            false => &mut elsewhere[..],
+                        };
+                        for lane in 0..LANES {
+                            let share = if values[lane].widen() == best[lane] { left[lane] } else { 0.0 };
+                            grad[lane] += share;
+                            left[lane] -= share;
+                        }
+                    }
+                }
+                for lane in (0..LANES).filter(|&lane| best[lane].is_nan()) {
+                    let taps = (y0..y1).flat_map(|y| (x0..x1).map(move |x| (y, x)));
+                    let last = taps.filter(|&(y, x)| input[start(y, x) + lane].widen().is_nan()).last();
+                    if let Some((y, x)) = last.filter(|&(y, _)| y >= top && y < bottom) {
+                        grad[((y - top) * s.in_w + x) * c + channel + lane] += incoming[lane].widen();
+                    }
                 }
             }
         }
     }
-}
 }
 
 /// `output = sum over the window / its size`; with `count_include_pad` the size counts padding, as PyTorch's default.
