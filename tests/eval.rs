@@ -1,6 +1,6 @@
 //! What other tools read from the program: each command's `--json`, its keys and that they agree with each other.
 
-use clip_host_tests::fixtures::{first_party_library, root};
+use clip_host_tests::fixtures::{FirstParty, first_party_library, first_party_plugins, root};
 use clip_host_tests::host::{metrics, program, run, small_run};
 use serde_json::Value;
 
@@ -100,30 +100,41 @@ fn plugins_are_listed_inspected_and_checked() {
     let folder = root();
     let list = run(&folder, &["plugins", "list", "--json"]).json();
     let list = list.as_array().expect("a list");
-    for (kind, id) in [
-        ("loss", "clip"),
-        ("loss", "isogclr"),
-        ("loss", "dynamic_temperature"),
-        ("optimizer", "adamw"),
-        ("optimizer", "radam"),
-        ("encoder", "resnet"),
-        ("encoder", "vit"),
-        ("encoder", "distilbert"),
-        ("scheduler", "constant"),
-        ("scheduler", "cosine"),
-    ] {
-        let plugin = list.iter().find(|plugin| plugin["id"] == id && plugin["kind"] == kind);
+    for FirstParty { kind, id, .. } in &first_party_plugins() {
+        let plugin = list.iter().find(|plugin| plugin["id"] == id.as_str() && plugin["kind"] == kind.as_str());
         let plugin = plugin.unwrap_or_else(|| panic!("there is no {kind} `{id}` in {list:?}"));
         assert!(plugin["version"].is_string() && plugin["abi"].is_u64(), "{plugin}");
         assert!(plugin["file"].as_str().is_some_and(|file| std::path::Path::new(file).is_file()), "{plugin}");
         let inspected = run(&folder, &["plugins", "inspect", id, "--json"]).json();
-        assert_eq!((&inspected["id"], &inspected["kind"]), (&id.into(), &kind.into()));
+        assert_eq!((&inspected["id"], &inspected["kind"]), (&id.as_str().into(), &kind.as_str().into()));
         assert!(inspected["schema"].is_object() && inspected["defaults"].is_object(), "{inspected}");
         let text = run(&folder, &["plugins", "inspect", id]).done().stdout;
         for setting in inspected["defaults"].as_object().expect("an object").keys() {
             assert!(text.contains(setting.as_str()), "`{setting}` is missing in {text}");
         }
     }
+    let inspect = |args: &[&str]| run(&folder, &[&["plugins", "inspect"], args].concat());
+    let text = inspect(&["isogclr"]).done().stdout;
+    for words in
+        ["image_features", "s_I", "[100]", "gives loss", "logs image_tau, ", "network.prototypes", "--fragment"]
+    {
+        assert!(text.contains(words), "`{words}` is missing in {text}");
+    }
+    assert!(!text.contains("output loss = %"), "{text}");
+    let text = inspect(&["isogclr", "--fragment"]).done().stdout;
+    for words in ["%0 = input \"image_features\"() [4, 8]", "output loss = %", "update %", "metric image_tau = %"] {
+        assert!(text.contains(words), "`{words}` is missing in {text}");
+    }
+    let network = ["isogclr", "--config", "(network: Some((prototypes: 16)))"];
+    let text = inspect(&network).done().stdout;
+    assert!(text.contains("image_temp_gen.prototypes") && !text.contains("tau_I"), "{text}");
+    let network = inspect(&[&network[..], &["--json"]].concat()).json();
+    let leaves = network["builds"]["leaves"].as_array().expect("a list");
+    let prototypes = leaves.iter().find(|leaf| leaf["name"] == "image_temp_gen.prototypes").expect("a parameter");
+    assert_eq!((&prototypes["role"], &prototypes["shape"]), (&"param".into(), &serde_json::json!([16, 8])));
+    let text = inspect(&["resnet"]).done().stdout;
+    assert!(text.contains("conv1.weight") && text.contains("gives features"), "{text}");
+    inspect(&["isogclr", "--config", "(gama: 0.5)"]).refused(&["gama", "gamma"]);
     run(&folder, &["plugins", "inspect", "isoglcr"]).refused(&["isoglcr", "did you mean `isogclr`"]);
 
     let beside = program().parent().expect("the program lies in a folder");

@@ -136,7 +136,7 @@ pub struct EvalArgs {
 pub enum PluginsCommand {
     /// All plugins on the search path.
     List(PluginsListArgs),
-    /// What a plugin says of itself, and its settings.
+    /// What a plugin says of itself, its settings, and what it builds.
     Inspect(InspectArgs),
     /// Check a plugin library before it is used.
     Check(PluginsCheckArgs),
@@ -156,6 +156,12 @@ pub struct PluginsListArgs {
 pub struct InspectArgs {
     /// The plugin's id, as recipes name it.
     pub id: String,
+    /// Settings with which it builds what is shown, as recipes write them: '(gamma: 0.8)' [default: its own].
+    #[arg(long, value_name = "RON")]
+    pub config: Option<String>,
+    /// Print the ops that it builds too.
+    #[arg(long)]
+    pub fragment: bool,
     /// More libraries, or folders of them, to search.
     #[arg(long, value_name = "PATH")]
     pub path: Vec<PathBuf>,

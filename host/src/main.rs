@@ -9,6 +9,7 @@ mod logging;
 mod output;
 mod prepare;
 mod profile;
+mod settings;
 mod units;
 
 use clap::Parser;

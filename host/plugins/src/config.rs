@@ -144,8 +144,10 @@ impl<'s> Schema<'s> {
 
     /// The range of a number, for instance "greater than 0, at most 1"; empty if there is none worth telling.
     pub fn range_text(&self, schema: &'s Value) -> String {
-        let bounds: Vec<String> =
-            BOUNDS.iter().filter_map(|(key, words, _)| Some(format!("{words} {}", limit(schema, key)?))).collect();
+        let bounds: Vec<String> = BOUNDS
+            .iter()
+            .filter_map(|(key, words, _)| Some(format!("{words} {}", number_text(limit(schema, key)?))))
+            .collect();
         bounds.join(", ")
     }
 }
@@ -167,6 +169,14 @@ fn limit(schema: &Value, key: &str) -> Option<f64> {
         ("minimum", "int32") => Some(i32::MIN.into()),
         _ => None,
     })
+}
+
+/// A number as one would write it: with an exponent where zeros would have to be counted.
+pub(crate) fn number_text(number: f64) -> String {
+    match number.abs() {
+        size if size != 0.0 && !(1e-4..1e15).contains(&size) => format!("{number:e}"),
+        _ => format!("{number}"),
+    }
 }
 
 /// A struct, or a variant with data of an enum: an object whose one key is the variant.

@@ -3,6 +3,7 @@
 use crate::cli::{InspectArgs, PluginsListArgs};
 use crate::error::CliError;
 use crate::output;
+use crate::settings;
 use clip_host_plugins::{Registry, inspect as describe};
 use serde_json::json;
 
@@ -50,13 +51,22 @@ pub fn inspect(args: &InspectArgs) -> Result<(), CliError> {
         let hint = hint.map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
         return Err(CliError::Failed(format!("there is no plugin `{}`{hint}", args.id)));
     }
+    let mut described = Vec::new();
+    for plugin in found {
+        let config = match &args.config {
+            Some(config) => Some(settings::complete(plugin, config)?),
+            None => plugin.complete(&serde_json::Map::new()).ok(),
+        };
+        described.push((plugin, config));
+    }
     // One id may be a loss's and an encoder's at once.
-    match (args.json, found.as_slice()) {
-        (true, [plugin]) => output::json(&describe::json(plugin)),
-        (true, _) => output::json(&found.iter().map(|plugin| describe::json(plugin)).collect::<Vec<_>>()),
-        (false, _) => {
-            let texts: Vec<String> = found.iter().map(|plugin| describe::text(plugin)).collect();
-            output::print(&texts.join("\n"))
-        }
+    if !args.json {
+        let texts = described.iter().map(|(plugin, config)| describe::text(plugin, config.as_ref(), args.fragment));
+        return output::print(&texts.collect::<Vec<_>>().join("\n"));
+    }
+    let objects: Vec<_> = described.iter().map(|(plugin, config)| describe::json(plugin, config.as_ref())).collect();
+    match objects.as_slice() {
+        [object] => output::json(object),
+        objects => output::json(&objects),
     }
 }

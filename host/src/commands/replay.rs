@@ -6,13 +6,12 @@
 use crate::cli::{KindArg, ReplayArgs};
 use crate::error::CliError;
 use crate::output;
+use crate::settings;
 use clip_host_model::replay::{self, Data, Tensor, Tensors};
 use clip_host_model::{ModelError, Part};
 use clip_host_plugin_api::describe::Kind;
 use clip_host_plugin_api::scheduler::Progress;
 use clip_host_plugins::Registry;
-use clip_host_recipe::{Recipe, RecipeErrors};
-use clip_host_train::assemble;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::path::Path;
 
@@ -42,34 +41,17 @@ pub fn run(args: &ReplayArgs) -> Result<(), CliError> {
     output::line(&format!("{} tensors from {}: {}", output.len(), part.plugin, args.output.display()))
 }
 
-/// The plugin with its settings, read as a recipe reads them.
+/// The plugin with its settings.
 fn part(args: &ReplayArgs) -> Result<Part, CliError> {
-    let (kind, section) = match args.kind {
-        KindArg::Loss => (Kind::Loss, "loss"),
-        KindArg::Optimizer => (Kind::Optimizer, "optimizer"),
-        KindArg::Encoder => (Kind::Encoder, "model.image_encoder"),
-        KindArg::Scheduler => (Kind::Scheduler, "scheduler"),
+    let kind = match args.kind {
+        KindArg::Loss => Kind::Loss,
+        KindArg::Optimizer => Kind::Optimizer,
+        KindArg::Encoder => Kind::Encoder,
+        KindArg::Scheduler => Kind::Scheduler,
     };
     let plugin = Registry::scan(&args.path).get(kind, &args.id)?;
-    let recipe = frame(section, &args.config)?;
-    let config = match args.kind {
-        KindArg::Loss => &recipe.loss.config,
-        KindArg::Optimizer => &recipe.optimizer.choice.config,
-        KindArg::Encoder => &recipe.model.image_encoder.config,
-        KindArg::Scheduler => &recipe.scheduler.config,
-    };
-    let config = plugin.complete(config).map_err(|errors| {
-        RecipeErrors(errors.into_iter().map(|error| assemble::config_error(&recipe, section, error)).collect())
-    })?;
+    let config = settings::complete(&plugin, &args.config)?;
     Ok(Part { plugin, config })
-}
-
-/// A recipe with nothing in it but one plugin's settings, so that these mean what they mean in a recipe.
-fn frame(section: &str, config: &str) -> Result<Recipe, RecipeErrors> {
-    const FRAME: &str = r#"(data: (), model: (image_encoder: (plugin: "-"), text_encoder: (plugin: "-"), embed_dim: 1),
-        loss: (plugin: "-"), optimizer: (plugin: "-", lr: 1.0), scheduler: (plugin: "-"),
-        train: (epochs: 1, batch_size: 2))"#;
-    Recipe::parse("--config", FRAME, &[format!("{section}.config={config}")])
 }
 
 /// What a scheduler is told of the run; step and epoch are the indexes of the file.
@@ -150,19 +132,6 @@ fn write(path: &Path, tensors: &Tensors) -> Result<(), CliError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn settings_are_read_as_in_recipes() {
-        for section in ["loss", "optimizer", "scheduler", "model.image_encoder"] {
-            for config in ["()", "(a: 1, b: (0.5, two), c: Some(\"x\"))"] {
-                assert!(frame(section, config).is_ok(), "{section} {config}");
-            }
-            let error = frame(section, "(a: ").unwrap_err().to_string();
-            assert!(error.contains("(a: "), "{error}");
-        }
-        let config = frame("loss", "(b: (0.5, two))").unwrap().loss.config;
-        assert_eq!(serde_json::Value::Object(config), serde_json::json!({"b": [0.5, "two"]}));
-    }
 
     #[test]
     fn tensors_come_back_as_they_were_written() {

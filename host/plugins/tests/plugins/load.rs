@@ -281,7 +281,8 @@ fn log_lines_reach_tracing_with_the_plugins_name() {
 #[test]
 fn inspection_names_every_setting() {
     let plugin = load("good_loss");
-    let text = clip_host_plugins::inspect::text(&plugin);
+    let config = plugin.complete(&serde_json::Map::new()).expect("it has defaults");
+    let text = clip_host_plugins::inspect::text(&plugin, Some(&config), false);
     says(&text, &["loss `good_loss` 0.1.0", "Radford", plugin.sha256(), "libgood_loss"]);
     for row in [
         ["temperature", "number", "0.07", "at least 0.001, at most 1", "Divides the similarities."],
@@ -292,7 +293,7 @@ fn inspection_names_every_setting() {
         let line = text.lines().find(|line| line.starts_with(row[0])).expect(row[0]);
         says(line, &row);
     }
-    let json = clip_host_plugins::inspect::json(&plugin);
+    let json = clip_host_plugins::inspect::json(&plugin, Some(&config));
     assert_eq!(json["kind"], "loss");
     assert_eq!(json["settings"].as_array().map(Vec::len), Some(4));
     let temperature = json["settings"].as_array().and_then(|all| all.iter().find(|row| row["name"] == "temperature"));

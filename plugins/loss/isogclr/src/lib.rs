@@ -36,9 +36,11 @@ pub struct IsogClrConfig {
     /// Weight of the newest batch in the moving averages, γ.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub gamma: f64,
-    /// Pull of the images' temperatures towards larger values, ρ.
+    /// Pull of the images' temperatures towards smaller values, ρ: the radius of the robust loss.
+    #[schemars(range(min = 0.0))]
     pub rho_image: f64,
-    /// Pull of the texts' temperatures towards larger values, ρ.
+    /// Pull of the texts' temperatures towards smaller values, ρ: the radius of the robust loss.
+    #[schemars(range(min = 0.0))]
     pub rho_text: f64,
     /// Temperature of a sample that was never seen.
     #[schemars(range(min = 0.0001, max = 1.0))]
@@ -59,7 +61,7 @@ pub struct IsogClrConfig {
     #[schemars(range(min = 0.0001, max = 1.0))]
     pub tau_max: f64,
     /// Lowest divisor of the weights, ε.
-    #[schemars(range(min = 0.0, max = 0.001))]
+    #[schemars(range(min = 1e-30, max = 0.001))]
     pub eps: f64,
     /// Temperatures from a network between `tau_min` and `tau_max` instead of a table: `tau_init`, `eta`, `beta_u` and
     /// `grad_clip` then do nothing.
