@@ -176,6 +176,12 @@ mod tests {
                     (l.accumulate)(false, x.at(row * 111), row_by_row.as_mut_ptr(), 111);
                 }
                 assert_eq!(out, row_by_row);
+                // 89 columns: blocks of each size.
+                (l.accumulate_rows)(true, x, 8, out.as_mut_ptr(), 89);
+                for row in 0..8 {
+                    (l.accumulate)(true, x.at(row * 89), row_by_row.as_mut_ptr(), 89);
+                }
+                assert_eq!(out, row_by_row);
                 keep(&out);
                 keep(&[(l.sum)(a.as_ptr(), 777), (l.max)(b.as_ptr(), 777)]);
                 // Rows of a length that no vector divides.

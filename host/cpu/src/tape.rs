@@ -507,30 +507,48 @@ pub unsafe fn accumulate(is_max: bool, a: Arg, into: *mut f32, n: usize) {
 /// A vector has `rows · n` elements, `into` has `n`; they do not overlap.
 #[inline(always)]
 pub unsafe fn accumulate_rows(is_max: bool, a: Arg, rows: usize, into: *mut f32, n: usize) {
-    /// Columns whose totals stay in registers.
-    const BLOCK: usize = 64;
     let Arg::Vector(rows_start) = a else {
         // SAFETY: the caller's promise is passed on.
         return (0..rows).for_each(|_| unsafe { accumulate(is_max, a, into, n) });
     };
-    let whole = n - n % BLOCK;
-    for start in (0..whole).step_by(BLOCK) {
-        // SAFETY: start + BLOCK ≤ n, row < rows.
+    // SAFETY: each call takes whole blocks of what is left of the columns.
+    unsafe {
+        let mut done = 0;
+        accumulate_blocks::<64>(is_max, rows_start, rows, into, n, &mut done);
+        accumulate_blocks::<16>(is_max, rows_start, rows, into, n, &mut done);
+        accumulate_blocks::<8>(is_max, rows_start, rows, into, n, &mut done);
+        accumulate_blocks::<1>(is_max, rows_start, rows, into, n, &mut done);
+    }
+}
+
+/// [`accumulate_rows`] from column `done` on, in blocks of columns whose totals stay in registers, as far as whole blocks
+/// go.
+///
+/// # Safety
+/// As [`accumulate_rows`], of a vector.
+#[inline(always)]
+unsafe fn accumulate_blocks<const BLOCK: usize>(
+    is_max: bool,
+    from: *const f32,
+    rows: usize,
+    into: *mut f32,
+    n: usize,
+    done: &mut usize,
+) {
+    while *done + BLOCK <= n {
+        // SAFETY: done + BLOCK ≤ n, row < rows.
         unsafe {
-            let totals = into.add(start).cast::<[f32; BLOCK]>();
+            let totals = into.add(*done).cast::<[f32; BLOCK]>();
             let mut sums = totals.read();
             for row in 0..rows {
-                let values = rows_start.add(row * n + start).cast::<[f32; BLOCK]>();
+                let values = from.add(row * n + *done).cast::<[f32; BLOCK]>();
                 for (sum, value) in sums.iter_mut().zip(&*values) {
                     *sum = if is_max { maximum(*sum, *value) } else { *sum + *value };
                 }
             }
             totals.write(sums);
         }
-    }
-    for row in 0..rows {
-        // SAFETY: as above, with what is left of each row.
-        unsafe { accumulate(is_max, Arg::Vector(rows_start.add(row * n + whole)), into.add(whole), n - whole) };
+        *done += BLOCK;
     }
 }
 
