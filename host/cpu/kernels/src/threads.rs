@@ -37,8 +37,8 @@ struct State {
     epoch: AtomicU64,
     /// `OPEN` while the job may be joined, plus the number of workers inside.
     gate: AtomicUsize,
-    /// The next task to hand out.
-    next: AtomicUsize,
+    /// One for each thread.
+    shares: Vec<Share>,
     /// The job: written by the caller only while the gate is closed and empty.
     job: UnsafeCell<Option<(*const Task, usize)>>,
     /// The first panic of the job.
@@ -50,6 +50,15 @@ struct State {
     stop: AtomicBool,
 }
 
+/// The next task of a thread's share of the job, alone in its cache lines.
+#[repr(align(128))]
+struct Share(AtomicUsize);
+
+/// The first task of a thread's share.
+fn first_task(tasks: usize, thread: usize, threads: usize) -> usize {
+    (tasks as u128 * thread as u128 / threads as u128) as usize
+}
+
 // SAFETY: `job` is only written while no worker is inside the gate, and read only inside it; entering and leaving
 // are acquire and release operations on `gate`. The pointer in it is dereferenced only while its owner waits in
 // `run`. Everything else is already `Sync`.
@@ -58,22 +67,27 @@ unsafe impl Send for State {}
 unsafe impl Sync for State {}
 
 impl State {
-    /// Takes tasks until none is left; a panic ends the job and is kept for the caller.
+    /// Takes tasks until none is left, those of the worker's own share first; a panic ends the job and is kept for the
+    /// caller.
     fn work(&self, task: &(dyn Fn(usize, usize) + Sync), tasks: usize, worker: usize) {
         let outer = INSIDE.with(|inside| inside.replace(Some(worker)));
         let result = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let index = self.next.fetch_add(1, Ordering::Relaxed);
-                if index >= tasks {
-                    break;
+            let threads = self.shares.len();
+            for owner in (worker..threads).chain(0..worker) {
+                let end = first_task(tasks, owner + 1, threads);
+                loop {
+                    let index = self.shares[owner].0.fetch_add(1, Ordering::Relaxed);
+                    if index >= end {
+                        break;
+                    }
+                    task(index, worker);
                 }
-                task(index, worker);
             }
         }));
         INSIDE.with(|inside| inside.set(outer));
         if let Err(payload) = result {
             // Far beyond any task count, and far from wrapping around.
-            self.next.store(usize::MAX / 2, Ordering::Relaxed);
+            self.shares.iter().for_each(|share| share.0.store(usize::MAX / 2, Ordering::Relaxed));
             lock(&self.panic).get_or_insert(payload);
         }
     }
@@ -168,7 +182,7 @@ impl ThreadPool {
         let state = Arc::new(State {
             epoch: AtomicU64::new(0),
             gate: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            shares: (0..threads.max(1)).map(|_| Share(AtomicUsize::new(0))).collect(),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
             caller_waits: AtomicBool::new(false),
@@ -202,8 +216,9 @@ impl ThreadPool {
 
     /// Calls `task(index, worker)` once for each index below `tasks`, and returns when all are done.
     ///
-    /// Indices are handed out in ascending order to whichever thread is free; `worker` is below
-    /// [`threads`](Self::threads) and no two tasks run at the same time with the same one. Nothing is allocated.
+    /// Each thread begins with a share of neighbouring indices, the same for the same number of tasks, so that what it
+    /// wrote in one call it finds in its own caches in the next; then it takes from the shares of others. `worker` is
+    /// below [`threads`](Self::threads) and no two tasks run at the same time with the same one. Nothing is allocated.
     /// A nested call runs its tasks on the thread that makes it. If a task panics, tasks not yet begun are dropped
     /// and the panic goes on in the caller once all threads have left.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize, usize) + Sync)) {
@@ -235,7 +250,9 @@ impl ThreadPool {
             let task = std::mem::transmute::<*const (dyn Fn(usize, usize) + Sync + '_), *const Task>(task);
             *state.job.get() = Some((task, tasks));
         }
-        state.next.store(0, Ordering::Relaxed);
+        for (thread, share) in state.shares.iter().enumerate() {
+            share.0.store(first_task(tasks, thread, state.shares.len()), Ordering::Relaxed);
+        }
         state.gate.store(OPEN, Ordering::SeqCst);
         state.epoch.fetch_add(1, Ordering::SeqCst);
         for worker in self.workers.iter().take(tasks - 1) {
