@@ -11,7 +11,8 @@ use std::marker::PhantomData;
 /// An optimizer.
 pub trait Optimizer: Plugin {
     /// Whether every element is updated by itself (Adam, SGD). The host then joins all parameters of a group into one
-    /// flat vector and updates them in one pass; otherwise `build` is called for each parameter with its own shape.
+    /// flat vector and updates them in one pass, and refuses an update with reductions or with states of other shapes;
+    /// otherwise `build` is called for each parameter with its own shape.
     const ELEMENTWISE: bool = true;
 
     /// Numbers that depend on the step and the learning rate only, computed on the host in double precision (bias

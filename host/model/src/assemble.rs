@@ -1,5 +1,8 @@
 //! From plugins to compiled programs: the training step, and one evaluation program for each tower.
 
+use crate::groups::{
+    Group, Groups, ScalarSet, active_input, check_elementwise, check_patterns, group_of, group_params, scalar_input,
+};
 use crate::{ModelError, ModelSpec, Part};
 use clip_host_compiler::layout::ChannelsLast;
 use clip_host_compiler::plan::{Plan, compile_with};
@@ -81,6 +84,8 @@ pub struct Training {
     pub params: Vec<ParamSlot>,
     pub states: Vec<StateSlot>,
     pub metrics: Vec<String>,
+    /// The sets of the optimizer's scalars.
+    pub sets: Vec<ScalarSet>,
 }
 
 /// A tower with its head: results are unit rows and the rows before normalisation.
@@ -105,6 +110,12 @@ fn encoder_fragment(spec: &ModelSpec, tower: Tower, batch: usize, training: bool
     };
     let config = part.config.clone();
     Ok(part.plugin.fragment(&Request::Encoder(EncoderRequest { config, batch, input, training }))?)
+}
+
+fn loss_fragment(spec: &ModelSpec) -> Result<Fragment, ModelError> {
+    let &ModelSpec { batch, embed_dim, dataset_size, .. } = spec;
+    let config = spec.loss.config.clone();
+    Ok(spec.loss.plugin.fragment(&Request::Loss(LossRequest { config, batch, embed_dim, dataset_size }))?)
 }
 
 /// x·Wᵀ + b and its rows at unit length, initialised as `torch.nn.Linear`.
@@ -159,25 +170,12 @@ fn splice_tower(
     Ok(TowerNodes { features: of("features"), embeddings: of("embeddings"), params: spliced.params })
 }
 
-/// Parameters that share a flat tensor, or one that stands alone.
-struct Group {
-    name: String,
-    weight_decay: f64,
-    members: Vec<usize>,
-    flat: bool,
-}
-
 /// Assembles and compiles the training step.
 pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
     let mut program = Program::default();
     let image = splice_tower(&mut program, spec, Tower::Image, spec.batch, true)?;
     let text = splice_tower(&mut program, spec, Tower::Text, spec.batch, true)?;
-    let loss_fragment = spec.loss.plugin.fragment(&Request::Loss(LossRequest {
-        config: spec.loss.config.clone(),
-        batch: spec.batch,
-        embed_dim: spec.embed_dim,
-        dataset_size: spec.dataset_size,
-    }))?;
+    let loss_fragment = loss_fragment(spec)?;
     let bindings = HashMap::from([
         ("image_features".to_string(), image.features),
         ("text_features".to_string(), text.features),
@@ -193,8 +191,17 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
         metrics.push(name.clone());
     }
 
+    let mut spliced: Vec<_> = [image.params, text.params, loss.params].into_iter().flatten().collect();
+    let name = |leaf| param_slot(&program, leaf).map_or(String::new(), |slot| slot.name);
+    check_patterns(spec, &spliced.iter().map(|p| name(p.leaf)).collect::<Vec<_>>())?;
+    let frozen = |leaf| group_of(spec, &name(leaf)).is_some_and(|(_, group)| group.freeze);
+    // Those that are trained come first: everything below that is indexed by a gradient is theirs.
+    spliced.sort_by_cached_key(|p| frozen(p.leaf));
+    let trained = spliced.iter().filter(|p| !frozen(p.leaf)).count();
+    if trained == 0 {
+        return Err(ModelError::AllFrozen);
+    }
     // Parameters ride along as outputs while passes rewrite the graph.
-    let spliced: Vec<_> = [image.params, text.params, loss.params].into_iter().flatten().collect();
     let first = program.outputs.len();
     for (index, param) in spliced.iter().enumerate() {
         program.outputs.push((format!("leaf.{index}"), param.leaf));
@@ -209,7 +216,7 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
     // Leaves are kept through differentiation by the same trick.
     let projected: Vec<bool> = leaves.iter().zip(&values).map(|(l, v)| l != v).collect();
     program.outputs.extend(leaves.iter().map(|&l| ("leaf".to_string(), l)));
-    let autograd = Autograd::new(vec![(program.outputs[0].1, None)], values);
+    let autograd = Autograd::new(vec![(program.outputs[0].1, None)], values[..trained].to_vec());
     program.run("autograd", &autograd)?;
     let gradients = match autograd.take() {
         Some(result) => result?,
@@ -217,9 +224,13 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
     };
     let leaves: Vec<NodeIndex> = program.outputs.split_off(first).into_iter().map(|o| o.1).collect();
 
-    let groups = group_params(spec, &mut params, &projected)?;
+    let Groups { groups, sets } = group_params(spec, &mut params[..trained], &projected)?;
     let scalars = scalar_names(&spec.optimizer)?;
-    let grads = join_gradients(&mut program, &groups, &gradients.grads, &params);
+    let mut grads = join_gradients(&mut program, &groups, &gradients.grads, &params);
+    for (group, grad) in groups.iter().zip(&mut grads).filter(|(group, _)| group.late) {
+        // A gradient that moves nothing has no part in the common norm either.
+        *grad = gate(&mut program, group.set, *grad, None)?;
+    }
     let grads = clip_gradients(&mut program, spec, grads)?;
     for (group, &grad) in groups.iter().zip(&grads) {
         let param = match group.flat {
@@ -236,7 +247,7 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
     program.run("flatten parameters", FlattenParams { params: &params })?;
     let plan = compile_with(&mut program, spec.precision)?;
     let states = state_slots(&plan, &groups);
-    Ok(Training { plan, params, states, metrics })
+    Ok(Training { plan, params, states, metrics, sets })
 }
 
 fn param_slot(program: &Program, leaf: NodeIndex) -> Option<ParamSlot> {
@@ -251,59 +262,6 @@ fn param_slot(program: &Program, leaf: NodeIndex) -> Option<ParamSlot> {
         }),
         _ => None,
     }
-}
-
-/// Whether a parameter decays: not if a pattern of `no_decay` matches it.
-pub fn decays(no_decay: &[String], name: &str, dims: usize) -> bool {
-    !no_decay.iter().any(|pattern| match pattern.as_str() {
-        "1d" => dims == 1,
-        pattern => matches(pattern, name),
-    })
-}
-
-/// `*` stands for any run of characters.
-fn matches(pattern: &str, name: &str) -> bool {
-    match pattern.split_once('*') {
-        None => pattern == name,
-        Some((start, rest)) => {
-            let Some(tail) = name.strip_prefix(start) else { return false };
-            (0..=tail.len()).any(|i| tail.is_char_boundary(i) && matches(rest, &tail[i..]))
-        }
-    }
-}
-
-/// Elementwise optimizers update all parameters of one weight decay in one flat tensor.
-fn group_params(spec: &ModelSpec, params: &mut [ParamSlot], projected: &[bool]) -> Result<Vec<Group>, ModelError> {
-    let request = ScalarsRequest { config: spec.optimizer.config.clone(), step: 1, lr: 0.0 };
-    let elementwise = spec.optimizer.plugin.scalars(&request)?.elementwise;
-    let mut groups: Vec<Group> = Vec::new();
-    for (index, param) in params.iter_mut().enumerate() {
-        let decay = if decays(&spec.no_decay, &param.name, param.shape.len()) { spec.weight_decay } else { 0.0 };
-        if !elementwise || projected[index] {
-            let name = param.name.clone();
-            groups.push(Group { name, weight_decay: decay, members: vec![index], flat: false });
-            continue;
-        }
-        let name = if decay != 0.0 { "params.decay" } else { "params.no_decay" };
-        let group = match groups.iter_mut().find(|g| g.flat && g.name == name) {
-            Some(group) => group,
-            None => {
-                groups.push(Group { name: name.into(), weight_decay: decay, members: vec![], flat: true });
-                let last = groups.len() - 1;
-                &mut groups[last]
-            }
-        };
-        group.members.push(index);
-        param.storage = name.into();
-    }
-    for group in groups.iter().filter(|g| g.flat) {
-        let mut offset = 0;
-        for &member in &group.members {
-            params[member].offset = offset;
-            offset += params[member].elements();
-        }
-    }
-    Ok(groups)
 }
 
 fn scalar_names(optimizer: &Part) -> Result<Vec<String>, ModelError> {
@@ -350,8 +308,9 @@ fn join_gradients(
         .collect()
 }
 
-/// Scales all gradients so that their common L2 norm is at most `clip_grad_norm` (as `torch.nn.utils.clip_grad_norm_`),
-/// and adds the outputs `grad_norm` and `finite` (NaN if some gradient is not finite).
+/// Limits every element of the gradients to ±`clip_grad_value` (as `torch.nn.utils.clip_grad_value_`), then scales all so
+/// that their common L2 norm is at most `clip_grad_norm` (as `torch.nn.utils.clip_grad_norm_`), and adds the outputs
+/// `grad_norm` and `finite` (NaN if some gradient is not finite).
 fn clip_gradients(
     program: &mut Program,
     spec: &ModelSpec,
@@ -369,12 +328,18 @@ fn clip_gradients(
     let zero = graph.scalar(0.0);
     let finite = inputs.iter().fold(zero, |sum, g| sum + (*g * 0.0).sum_all());
     graph.output("finite", finite);
+    if let Some(limit) = spec.clip_grad_value {
+        inputs.iter_mut().for_each(|grad| *grad = grad.clamp(-limit, limit));
+    }
     if let Some(limit) = spec.clip_grad_norm {
         let norm = inputs.iter().fold(zero, |sum, g| sum + g.square().sum_all()).sqrt();
         let scale = (limit / (norm + 1e-6)).minimum(1.0);
         graph.output("grad_norm", norm);
+        inputs.iter_mut().for_each(|grad| *grad = *grad * scale);
+    }
+    if spec.clip_grad_value.is_some() || spec.clip_grad_norm.is_some() {
         for (index, grad) in inputs.iter().enumerate() {
-            graph.output(&format!("clipped.{index}"), *grad * scale);
+            graph.output(&format!("clipped.{index}"), *grad);
         }
     }
     let fragment = graph.finish()?;
@@ -406,10 +371,14 @@ fn update_group(
     let fragment = spec.optimizer.plugin.fragment(&Request::Optimizer(request))?;
     let mut bindings = HashMap::from([("param".to_string(), param), ("grad".to_string(), grad)]);
     for name in scalars {
-        let op = Op::Input { name: format!("scalar.{name}") };
+        let op = Op::Input { name: scalar_input(group.set, name) };
         let node = program.push(&Node { op, inputs: vec![], shape: vec![], dtype: DType::F32 }, &[]);
         bindings.insert(format!("scalar.{name}"), node);
     }
+    if group.flat {
+        check_elementwise(&spec.optimizer.plugin.to_string(), &fragment)?;
+    }
+    let first = program.updates.len();
     let suffix = group.name.clone();
     let spliced = program.splice(&fragment, &group.name, &bindings, |op, name| match op {
         Op::Input { .. } => name.to_string(),
@@ -417,7 +386,28 @@ fn update_group(
     })?;
     let new = output(&fragment, &spliced, &spec.optimizer, "param")?;
     program.updates.push((target, new));
+    if group.late {
+        for index in first..program.updates.len() {
+            let (leaf, value) = program.updates[index];
+            program.updates[index].1 = gate(program, group.set, value, Some(leaf))?;
+        }
+    }
     Ok(())
+}
+
+/// `new` once the parameters of a set are no longer frozen; before, `old` or zero.
+fn gate(program: &mut Program, set: usize, new: NodeIndex, old: Option<NodeIndex>) -> Result<NodeIndex, ModelError> {
+    let shape = clip_host_graph::rewrite::operator(&program.graph, new).map_or(vec![], |o| o.shape.clone());
+    let graph = Graph::new();
+    let input = |name: &str| graph.input(name, &shape, DType::F32);
+    let active = graph.input(&active_input(set), &[], DType::F32);
+    let other = if old.is_some() { input("old") } else { graph.scalar(0.0) };
+    graph.output("kept", active.where_(input("new"), other));
+    let fragment = graph.finish()?;
+    let mut bindings = HashMap::from([("new".to_string(), new)]);
+    bindings.extend(old.map(|old| ("old".to_string(), old)));
+    let spliced = program.splice(&fragment, "freeze", &bindings, |_, name| name.to_string())?;
+    Ok(fragment.output("kept").map_or(new, |id| spliced.nodes[id as usize]))
 }
 
 /// States that the plan keeps, with the flat group that a moment belongs to.
@@ -475,6 +465,21 @@ impl Compiler for FlattenParams<'_> {
             new
         });
     }
+}
+
+/// The names of all parameters, without compiling anything.
+pub fn param_names(spec: &ModelSpec) -> Result<Vec<String>, ModelError> {
+    let mut program = Program::default();
+    let image = splice_tower(&mut program, spec, Tower::Image, spec.batch, true)?;
+    let text = splice_tower(&mut program, spec, Tower::Text, spec.batch, true)?;
+    let loss = loss_fragment(spec)?;
+    let leaves = image.params.iter().chain(&text.params).map(|p| p.leaf);
+    let mut names: Vec<String> = leaves.filter_map(|leaf| Some(param_slot(&program, leaf)?.name)).collect();
+    names.extend(loss.nodes.iter().filter_map(|node| match &node.op {
+        Op::Param { name, .. } => Some(named("loss")(&node.op, name)),
+        _ => None,
+    }));
+    Ok(names)
 }
 
 /// Compiles a tower in evaluation mode: output `features`, unit rows.

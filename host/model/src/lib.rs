@@ -1,12 +1,15 @@
 //! Assembles encoders, loss and optimizer into one program and holds it compiled: the model as the train loop sees it.
 
 mod assemble;
+mod groups;
 mod init;
 mod inspect;
 pub mod replay;
 mod session;
 
+pub use assemble::param_names;
 pub use clip_host_compiler::precision::Precision;
+pub use groups::ParamGroup;
 pub use inspect::{Buffer, KernelInfo, LeafInfo, MemoryMap, Owner, Phase, Stay, StepPlan, part};
 pub use session::Session;
 
@@ -41,6 +44,9 @@ pub struct ModelSpec {
     /// Parameters without weight decay: `1d` stands for those with one dimension, other entries are name patterns
     /// with `*`.
     pub no_decay: Vec<String>,
+    pub groups: Vec<ParamGroup>,
+    /// Each element of the gradients is limited to ± this, before their norm is taken.
+    pub clip_grad_value: Option<f64>,
     pub clip_grad_norm: Option<f64>,
     pub seed: u64,
     /// 0: one for each core.
@@ -60,6 +66,8 @@ pub struct StepInput<'a> {
     pub epoch: u64,
     /// From 0, over the whole run.
     pub step: u64,
+    /// What is frozen for some epochs counts its own steps from there.
+    pub steps_per_epoch: u64,
     pub lr: f64,
 }
 
@@ -88,6 +96,21 @@ pub struct NamedTensor<'a> {
     pub role: Role,
     pub shape: Vec<usize>,
     pub data: &'a [f32],
+}
+
+/// Refuses a pattern of parameters' names that matches none, and groups that leave nothing to train, before anything is
+/// compiled.
+///
+/// # Errors
+/// [`ModelError::Pattern`], [`ModelError::AllFrozen`]; the plugins' own.
+pub fn check_groups(spec: &ModelSpec) -> Result<(), ModelError> {
+    let names = param_names(spec)?;
+    groups::check_patterns(spec, &names)?;
+    let trained = |name: &String| groups::group_of(spec, name).is_none_or(|(_, group)| !group.freeze);
+    match names.iter().any(trained) {
+        true => Ok(()),
+        false => Err(ModelError::AllFrozen),
+    }
 }
 
 /// Why a model could not be built or run.
@@ -119,6 +142,15 @@ pub enum ModelError {
     Memory { needed: u64, machine: u64 },
     #[error("the model has no tensor `{name}`{}", nearest.as_ref().map(|n| format!(" (hint: did you mean `{n}`?)")).unwrap_or_default())]
     UnknownTensor { name: String, nearest: Option<String> },
+    #[error("{key}: the pattern `{pattern}` matches no parameter (hint: {choices})")]
+    Pattern { key: String, pattern: String, choices: String },
+    #[error(
+        "{plugin} updates all parameters as one: expected each element to be updated by itself, got {got} (hint: \
+         `const ELEMENTWISE: bool = false;` in its `Optimizer`, or a number of `scalars`)"
+    )]
+    NotElementwise { plugin: String, got: String },
+    #[error("every parameter is frozen, nothing is left to train (hint: take a group with `freeze: true` out)")]
+    AllFrozen,
     #[error("tensor `{name}`: expected {expected}, got {got}")]
     TensorSize { name: String, expected: String, got: String },
     #[error("replay: {0}")]

@@ -324,7 +324,7 @@ pub fn optimizer(part: &Part, lr: f64, decay: (f64, &[String]), tensors: &Tensor
             let problem = format!("`grad.{name}` is of {steps} steps, `lr` of {}", rates.len());
             return Err(ModelError::Replay(problem));
         }
-        let decay = if crate::assemble::decays(no_decay, name, init.shape.len()) { weight_decay } else { 0.0 };
+        let decay = if crate::groups::decays(no_decay, name, init.shape.len()) { weight_decay } else { 0.0 };
         let info = ParamInfo { name: name.into(), shape: init.shape.clone(), weight_decay: decay };
         let fragment =
             part.plugin.fragment(&Request::Optimizer(OptimizerRequest { config: part.config.clone(), info }))?;

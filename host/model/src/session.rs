@@ -1,6 +1,7 @@
 //! The compiled model with its tensors.
 
 use crate::assemble::{ParamSlot, StateSlot, Tower, Training, evaluation, training};
+use crate::groups::{ScalarSet, active_input, scalar_input};
 use crate::{
     KernelInfo, ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, init, inspect,
 };
@@ -25,6 +26,7 @@ pub struct Session {
     params: Vec<ParamSlot>,
     states: Vec<StateSlot>,
     metrics: Vec<String>,
+    sets: Vec<ScalarSet>,
     image: Option<Executor>,
     text: Option<Executor>,
     compile_ms: f64,
@@ -40,7 +42,7 @@ impl Session {
             threads => threads,
         };
         let pool = Arc::new(ThreadPool::new(threads));
-        let Training { plan, params, states, metrics } = training(&spec)?;
+        let Training { plan, params, states, metrics, sets } = training(&spec)?;
         let mut store = Store::default();
         for param in &params {
             // A parameter that nothing reads still has its value.
@@ -69,7 +71,7 @@ impl Session {
         let init_ms = start.elapsed().as_secs_f64() * 1e3;
         tracing::debug!(init_ms, "gave every tensor its first value");
         let (image, text) = (None, None);
-        Ok(Session { spec, pool, store, step, params, states, metrics, image, text, compile_ms, init_ms })
+        Ok(Session { spec, pool, store, step, params, states, metrics, sets, image, text, compile_ms, init_ms })
     }
 
     /// What the session was built from.
@@ -88,9 +90,18 @@ impl Session {
         step.set_i32("text_ids", input.text_ids)?;
         step.set_f32("epoch", &[input.epoch as f32])?;
         step.set_f32("step", &[input.step as f32])?;
-        let request = ScalarsRequest { config: self.spec.optimizer.config.clone(), step: input.step + 1, lr: input.lr };
-        for (name, value) in self.spec.optimizer.plugin.scalars(&request)?.scalars {
-            step.set_f32(&format!("scalar.{name}"), &[value as f32])?;
+        for (number, set) in self.sets.iter().enumerate() {
+            let active = input.epoch >= set.from_epoch;
+            let before = set.from_epoch.saturating_mul(input.steps_per_epoch);
+            let request = ScalarsRequest {
+                config: self.spec.optimizer.config.clone(),
+                step: (input.step + 1).saturating_sub(before).max(1),
+                lr: input.lr * set.lr_scale,
+            };
+            for (name, value) in self.spec.optimizer.plugin.scalars(&request)?.scalars {
+                step.set_f32(&scalar_input(number, &name), &[value as f32])?;
+            }
+            step.set_f32(&active_input(number), &[f32::from(u8::from(active))])?;
         }
         step.run(&mut self.store, mix(self.spec.seed ^ mix(input.step)))?;
         let scalar = |name: &str| step.output(&self.store, name).and_then(|v| v.first().copied());

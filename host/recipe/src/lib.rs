@@ -18,6 +18,7 @@
 
 mod de;
 mod error;
+mod optimizer;
 mod parse;
 mod range;
 mod recipe;
@@ -28,7 +29,8 @@ mod value;
 mod write;
 
 pub use error::{RecipeError, RecipeErrors, name_hint, nearest};
+pub use optimizer::{Optimizer, ParamGroup};
 pub use recipe::{Part, Recipe};
-pub use sections::{Backend, Eval, Model, Optimizer, PluginChoice, Plugins, Precision, Train};
+pub use sections::{Backend, Eval, Model, PluginChoice, Plugins, Precision, Train};
 pub use span::{KeyPath, Location, Segment, Source, Span};
 pub use value::{Field, Kind, Value};

@@ -73,3 +73,13 @@ pub(crate) fn not_negative<'de, D: Deserializer<'de>>(deserializer: D) -> Result
     }
     Err(D::Error::custom(format!("expected a finite number of at least 0, got {x:?}")))
 }
+
+/// A finite number of at least 0, or `None`.
+pub(crate) fn optional_not_negative<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    match Option::<f64>::deserialize(deserializer)? {
+        Some(x) if !(x.is_finite() && x >= 0.0) => {
+            Err(D::Error::custom(format!("expected a finite number of at least 0 or `None`, got {x:?}")))
+        }
+        other => Ok(other),
+    }
+}

@@ -2,8 +2,9 @@
 
 use crate::de::{Found, deserialize_all};
 use crate::error::{RecipeError, RecipeErrors, nearest};
+use crate::optimizer::Optimizer;
 use crate::parse::{SyntaxError, parse};
-use crate::sections::{Backend, Eval, KEYS, Model, Optimizer, PluginChoice, Plugins, Precision, REQUIRED, Top, Train};
+use crate::sections::{Backend, Eval, KEYS, Model, PluginChoice, Plugins, Precision, REQUIRED, Top, Train};
 use crate::span::{KeyPath, Location, Segment, Source, Span};
 use crate::value::{Field, Kind, Value};
 use crate::{set, write};

@@ -1,5 +1,6 @@
 //! The typed sections of a recipe. Keys, types, defaults and ranges are all here.
 
+use crate::optimizer::Optimizer;
 use crate::range;
 use crate::value::{Kind, Value};
 use serde::Deserialize;
@@ -71,91 +72,6 @@ pub struct Model {
     /// Dimensions of the shared embedding.
     #[serde(deserialize_with = "range::within::<_, 1, 65_536>")]
     pub embed_dim: usize,
-}
-
-/// The optimizer plugin, and what holds for all of them.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(from = "OptimizerKeys")]
-pub struct Optimizer {
-    /// The plugin.
-    pub choice: PluginChoice,
-    /// Base learning rate, which the scheduler scales. Above 0.
-    pub lr: f64,
-    /// Weight decay of the parameters that [`Optimizer::decays`] names.
-    pub weight_decay: f64,
-    /// Parameters without weight decay: `"1d"` for all one-dimensional ones, otherwise a name in which `*` stands for
-    /// any text. The default `["1d", "*.bias"]` is the studies' grouping: biases and the scales and shifts of
-    /// normalisations do not decay, a 0-dimensional temperature does.
-    pub no_decay: Vec<String>,
-    /// Gradients are scaled down to this global L2 norm where they exceed it.
-    pub clip_grad_norm: Option<f64>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename = "Optimizer", deny_unknown_fields)]
-struct OptimizerKeys {
-    #[serde(deserialize_with = "plugin_id")]
-    plugin: String,
-    #[serde(default)]
-    config: serde_json::Map<String, serde_json::Value>,
-    #[serde(default)]
-    path: Option<PathBuf>,
-    #[serde(default, deserialize_with = "sha256")]
-    sha256: Option<String>,
-    #[serde(deserialize_with = "range::positive")]
-    lr: f64,
-    #[serde(default, deserialize_with = "range::not_negative")]
-    weight_decay: f64,
-    #[serde(default = "studies_no_decay")]
-    no_decay: Vec<String>,
-    #[serde(default, deserialize_with = "range::optional_positive")]
-    clip_grad_norm: Option<f64>,
-}
-
-fn studies_no_decay() -> Vec<String> {
-    vec!["1d".into(), "*.bias".into()]
-}
-
-impl From<OptimizerKeys> for Optimizer {
-    fn from(keys: OptimizerKeys) -> Self {
-        Optimizer {
-            choice: PluginChoice { plugin: keys.plugin, config: keys.config, path: keys.path, sha256: keys.sha256 },
-            lr: keys.lr,
-            weight_decay: keys.weight_decay,
-            no_decay: keys.no_decay,
-            clip_grad_norm: keys.clip_grad_norm,
-        }
-    }
-}
-
-impl Optimizer {
-    /// Whether weight decay applies to the parameter `name` of `dims` dimensions.
-    pub fn decays(&self, name: &str, dims: usize) -> bool {
-        !self.no_decay.iter().any(|pattern| match pattern.as_str() {
-            "1d" => dims == 1,
-            pattern => matches_pattern(pattern, name),
-        })
-    }
-}
-
-/// Whether `name` is `pattern`, in which `*` stands for any text, none included.
-fn matches_pattern(pattern: &str, name: &str) -> bool {
-    let mut parts = pattern.split('*');
-    let first = parts.next().unwrap_or_default();
-    let Some(mut rest) = name.strip_prefix(first) else {
-        return false;
-    };
-    let Some(last) = parts.next_back() else {
-        return rest.is_empty();
-    };
-    // The leftmost place is always right for the parts between two stars.
-    for part in parts {
-        match rest.find(part) {
-            Some(at) => rest = &rest[at + part.len()..],
-            None => return false,
-        }
-    }
-    rest.ends_with(last)
 }
 
 /// The training loop.
@@ -261,7 +177,7 @@ pub struct Plugins {
     pub path: Vec<PathBuf>,
 }
 
-fn plugin_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+pub(crate) fn plugin_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let id = String::deserialize(deserializer)?;
     if id.trim().is_empty() {
         return Err(D::Error::custom("expected the id of a plugin, got an empty string"));
@@ -269,7 +185,7 @@ fn plugin_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Er
     Ok(id)
 }
 
-fn sha256<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+pub(crate) fn sha256<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let sum = Option::<String>::deserialize(deserializer)?;
     match &sum {
         Some(text) if text.len() != 64 || !text.chars().all(|c| c.is_ascii_hexdigit()) => {
@@ -286,7 +202,7 @@ fn path(path: &std::path::Path) -> Value {
 }
 
 impl PluginChoice {
-    fn keys(&self) -> Vec<(&'static str, Value)> {
+    pub(crate) fn keys(&self) -> Vec<(&'static str, Value)> {
         let mut keys = vec![("plugin", Value::string(&self.plugin))];
         if let Some(file) = &self.path {
             keys.push(("path", path(file)));
@@ -313,19 +229,6 @@ impl Model {
             ("text_encoder", self.text_encoder.to_value()),
             ("embed_dim", Value::int(self.embed_dim as u64)),
         ])
-    }
-}
-
-impl Optimizer {
-    pub(crate) fn to_value(&self) -> Value {
-        let mut keys = self.choice.keys();
-        keys.extend([
-            ("lr", Value::float(self.lr)),
-            ("weight_decay", Value::float(self.weight_decay)),
-            ("no_decay", Value::strings(&self.no_decay)),
-            ("clip_grad_norm", Value::optional(self.clip_grad_norm.map(Value::float))),
-        ]);
-        Value::section(keys)
     }
 }
 

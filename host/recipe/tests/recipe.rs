@@ -57,6 +57,8 @@ fn a_recipe_loads() {
     assert_eq!(recipe.optimizer.lr, 2e-4);
     assert_eq!(recipe.optimizer.no_decay, ["1d", "*.bias"]);
     assert_eq!(recipe.optimizer.clip_grad_norm, None);
+    assert_eq!(recipe.optimizer.clip_grad_value, None);
+    assert!(recipe.optimizer.groups.is_empty());
     assert_eq!(recipe.scheduler.plugin, "constant");
     assert_eq!(recipe.train.log_every, 10);
     assert_eq!(recipe.train.checkpoint_every_steps, None);
@@ -98,6 +100,8 @@ fn the_resolved_recipe_loads_back() {
         "loss.path=x/libloss \"q\".so",
         "loss.config.text=\"tab\\t, \\\" and \\\\ \\u{7f} é\"",
         "optimizer.clip_grad_norm=1",
+        "optimizer.clip_grad_value=0.5",
+        "optimizer.groups=[(params: [\"text.*\"], lr: 1e-5), (params: [\"a\", \"b\"], weight_decay: 0.0, freeze_epochs: 2), (params: [\"c\"], freeze: true)]",
         "plugins.path=[\"extra\"]",
         "eval.batch_size=Some(16)",
         "data.augment=Some((scale: (0.5, 1.0), flip: true, policy: Rand(ops: 2)))",
@@ -116,6 +120,9 @@ fn the_resolved_recipe_loads_back() {
         &[
             "checkpoint_every_steps: Some(20)",
             "no_decay: [\"1d\", \"*.bias\"]",
+            "clip_grad_value: Some(0.5)",
+            "freeze: true",
+            "freeze_epochs: 2",
             "threads: 0",
             "Tar(\"data/train-{00000..00004}.tar\")",
         ],
@@ -182,7 +189,7 @@ fn an_unknown_key() {
             "mine.ron:15:75: optimizer.wieght_decay: unknown key `wieght_decay`",
             "\n15 |     optimizer:",
             "^^^^^^^^^^^^\n",
-            "hint: did you mean `weight_decay`? Valid keys: clip_grad_norm, config, lr, no_decay",
+            "hint: did you mean `weight_decay`? Valid keys: clip_grad_norm, clip_grad_value, config, groups, lr, no_decay",
         ],
     );
     let caret = text.lines().nth(3).unwrap();

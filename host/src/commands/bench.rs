@@ -64,6 +64,8 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
             text_ids: &input.text_ids,
             epoch: input.epoch,
             step,
+            // Measured steps are all of one epoch.
+            steps_per_epoch: u64::MAX,
             lr: recipe.optimizer.lr,
         })?;
         tracing::debug!(step, loss = output.loss, "measured step");

@@ -176,6 +176,7 @@ fn check_model(recipe: &Recipe, plugins: &Plugins, config: &DataConfig, data: Op
     if let Err(error) = schedule(recipe, plugins, steps_per_epoch) {
         refused("scheduler", &error);
     }
+    errors.extend(assemble::check_groups(recipe, &plugins.model(recipe, config, dataset_size)));
     if let (Some(data), Some(size)) = (data, plugins.vocab_size())
         && data.tokenizer.vocab_size() > size
     {

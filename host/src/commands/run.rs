@@ -5,7 +5,7 @@ use crate::error::CliError;
 use crate::{output, prepare};
 use clip_host_data::{Data, DataConfig, Position};
 use clip_host_recipe::{Part, Recipe};
-use clip_host_train::{Interrupt, Job, Progress, RunFolder, Summary, run_folder, train};
+use clip_host_train::{Interrupt, Job, Progress, RunFolder, Summary, assemble, run_folder, train};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::Write;
 use std::path::Path;
@@ -23,6 +23,10 @@ pub fn run(args: RunArgs) -> Result<(), CliError> {
     warn_of_skipped(&data);
     // A batch larger than the data is told before there is a folder.
     data.train_loader(recipe.train.batch_size, recipe.seed, Position::default(), Some(0))?;
+    let dataset_size = data.train.num_images().max(data.train.num_texts());
+    if let Some(error) = assemble::check_groups(&recipe, &plugins.model(&recipe, &config, dataset_size)) {
+        return Err(error.into());
+    }
     let folder = open_folder(&args, &recipe)?;
     let interrupt = stop_on_signals()?;
 

@@ -3,7 +3,7 @@
 use crate::error::TrainError;
 use crate::run_folder::PluginRecord;
 use clip_host_data::DataConfig;
-use clip_host_model::{ModelSpec, Part};
+use clip_host_model::{ModelError, ModelSpec, ParamGroup, Part};
 use clip_host_plugin_api::describe::Kind;
 use clip_host_plugin_api::scheduler::{Progress, ScheduleAnswer, ScheduleRequest};
 use clip_host_plugins::{ConfigError, Plugin, PluginError, Registry};
@@ -115,6 +115,8 @@ impl Plugins {
             dataset_size,
             weight_decay: recipe.optimizer.weight_decay,
             no_decay: recipe.optimizer.no_decay.clone(),
+            groups: recipe.optimizer.groups.iter().map(|group| param_group(group, recipe.optimizer.lr)).collect(),
+            clip_grad_value: recipe.optimizer.clip_grad_value,
             clip_grad_norm: recipe.optimizer.clip_grad_norm,
             seed: recipe.seed,
             threads: recipe.train.threads,
@@ -135,6 +137,31 @@ impl Plugins {
         let size = self.text_encoder.config.get("vocab_size")?.as_u64()?;
         usize::try_from(size).ok()
     }
+}
+
+fn param_group(group: &clip_host_recipe::ParamGroup, lr: f64) -> ParamGroup {
+    ParamGroup {
+        params: group.params.clone(),
+        lr_scale: group.lr.map_or(1.0, |own| own / lr),
+        weight_decay: group.weight_decay,
+        freeze: group.freeze,
+        freeze_epochs: group.freeze_epochs,
+    }
+}
+
+/// What is wrong with the recipe's groups of parameters, in its place: a pattern that matches none, or nothing to train.
+pub fn check_groups(recipe: &Recipe, spec: &ModelSpec) -> Option<RecipeError> {
+    use clip_host_recipe::Part as RecipePart;
+    let error = clip_host_model::check_groups(spec).err()?;
+    let key = match &error {
+        ModelError::Pattern { key, .. } => key,
+        ModelError::AllFrozen => "optimizer.groups",
+        // A plugin's refusal, which is told where the plugin is asked in earnest.
+        _ => return None,
+    };
+    let text = error.to_string();
+    let (message, hint) = split_hint(text.strip_prefix(&format!("{key}: ")).unwrap_or(&text));
+    Some(recipe.error_at(key, RecipePart::Value, message, hint))
 }
 
 fn choose(

@@ -223,6 +223,7 @@ impl<'p> Run<'p> {
             text_ids: &batch.text_ids,
             epoch: self.state.epoch,
             step: self.state.step,
+            steps_per_epoch: self.state.data.steps_per_epoch,
             lr,
         };
         let output = self.session.train_step(&input).map_err(|error| match error {
