@@ -231,7 +231,10 @@ fn an_unknown_plugin_is_told_with_the_nearest() {
         ("optimizer.plugin=rdam", ["there is no optimizer plugin `rdam`", "did you mean `radam`"]),
         ("scheduler.plugin=cosin", ["there is no scheduler plugin `cosin`", "did you mean `cosine`"]),
         ("model.image_encoder.plugin=resnet50", ["there is no encoder plugin `resnet50`", "`resnet`"]),
-        ("model.text_encoder.plugin=bert", ["there is no encoder plugin `bert`", "distilbert"]),
+        (
+            "model.text_encoder.plugin=distillbert",
+            ["there is no encoder plugin `distillbert`", "did you mean `distilbert`"],
+        ),
     ] {
         train(&folder, &["--set", set]).refused(&words);
         run(&folder, &["check", "small.ron", "--set", set]).refused(&words);
