@@ -2,10 +2,10 @@
 
 use crate::fused::Program;
 use crate::memory::{Address, Buffer, Memory};
-use crate::tape;
 use clip_host_compiler::kernel::{Element, Kernel, Operand};
 use clip_host_compiler::plan::Plan;
 use clip_host_cpu_kernels as kernels;
+use clip_host_cpu_kernels::elements::{narrowed, widened};
 use clip_host_cpu_kernels::{ConvShape, Elements, ElementsMut, Gemm, Pool2dShape, ThreadPool};
 use clip_host_plugin_api::ir::{Conv, DType, Layout, NodeId, Op, Pool};
 use std::collections::HashMap;
@@ -248,7 +248,7 @@ impl Executor {
         match element {
             Element::Bf16 => {
                 let out = &mut buffer.as_mut_bf16()[..elements];
-                out.iter_mut().zip(values).for_each(|(out, &value)| *out = tape::narrowed(value));
+                out.iter_mut().zip(values).for_each(|(out, &value)| *out = narrowed(value));
             }
             _ => buffer.as_mut_slice().copy_from_slice(values),
         }
@@ -314,7 +314,7 @@ impl Executor {
         let start = address.offset / element.bytes();
         let range = start..start + elements(operand);
         Some(match element {
-            Element::Bf16 => block.as_bf16().get(range)?.iter().map(|&v| tape::widened(v)).collect(),
+            Element::Bf16 => block.as_bf16().get(range)?.iter().map(|&v| widened(v)).collect(),
             _ => block.as_slice().get(range)?.to_vec(),
         })
     }
@@ -549,7 +549,7 @@ fn place_block(from: Elements, sizes: &[usize], into: &[usize], at: &[usize], ou
             out[at..at + from.len()].copy_from_slice(from);
         }),
         Elements::Bf16(from) => place_rows(from, sizes, into, at, |from, at| {
-            out[at..].iter_mut().zip(from).for_each(|(out, &value)| *out = tape::widened(value));
+            out[at..].iter_mut().zip(from).for_each(|(out, &value)| *out = widened(value));
         }),
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::math;
 use clip_host_cpu_kernels::bf16;
+use clip_host_cpu_kernels::elements::{narrowed, widened};
 use clip_host_plugin_api::interpret::mix;
 use clip_host_plugin_api::ir::{Binary, Compare, Unary};
 
@@ -94,21 +95,6 @@ pub unsafe fn to_integers(a: Arg, out: *mut i32, n: usize) {
             Arg::Value(a) => (0..n).for_each(|i| *out.add(i) = a as i32),
         }
     }
-}
-
-/// The value of a bf16; exact.
-#[inline(always)]
-pub fn widened(value: bf16) -> f32 {
-    f32::from_bits(u32::from(value.to_bits()) << 16)
-}
-
-/// The nearest bf16, of two the even one; NaN stays NaN. Without branches, so that loops over it are vectorised.
-#[inline(always)]
-pub fn narrowed(value: f32) -> bf16 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    let quiet = bits >> 16 | 0x40;
-    bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
 }
 
 /// Reads bf16.

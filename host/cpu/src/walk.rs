@@ -1,9 +1,9 @@
 //! How a fused kernel's operand lies in memory: strides over the rows and columns of the kernel's space.
 
 use crate::memory::{Address, Memory};
-use crate::tape;
 use clip_host_compiler::kernel::Element;
 use clip_host_cpu_kernels::bf16;
+use clip_host_cpu_kernels::elements::widened;
 use std::ops::Range;
 
 /// How an operand moves from row to row.
@@ -57,7 +57,7 @@ pub unsafe fn read(memory: Memory, address: Address, element: Element, offset: u
         match element {
             Element::F32 => *memory.at::<f32>(address).add(offset),
             Element::I32 => *memory.at::<i32>(address).add(offset) as f32,
-            Element::Bf16 => tape::widened(*memory.at::<bf16>(address).add(offset)),
+            Element::Bf16 => widened(*memory.at::<bf16>(address).add(offset)),
         }
     }
 }

@@ -92,6 +92,21 @@ impl<'a> From<&'a mut [bf16]> for ElementsMut<'a> {
     }
 }
 
+/// The value of a bf16; exact.
+#[inline(always)]
+pub fn widened(value: bf16) -> f32 {
+    f32::from_bits(u32::from(value.to_bits()) << 16)
+}
+
+/// The nearest bf16, of two the even one; NaN stays NaN. Without branches, so that loops over it are vectorised.
+#[inline(always)]
+pub fn narrowed(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 0x40;
+    bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
+}
+
 /// A type that elements are stored as.
 pub(crate) trait Element: Copy + Default + Send + Sync + 'static {
     /// The value; exact.
@@ -124,16 +139,12 @@ impl Element for f32 {
 impl Element for bf16 {
     #[inline(always)]
     fn widen(self) -> f32 {
-        f32::from_bits((self.to_bits() as u32) << 16)
+        widened(self)
     }
 
-    // Without branches, so that loops over it are vectorised.
     #[inline(always)]
     fn narrow(value: f32) -> Self {
-        let bits = value.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        let quiet = bits >> 16 | 0x40;
-        bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
+        narrowed(value)
     }
 
     #[inline(always)]
