@@ -7,7 +7,7 @@
 //!
 //! let registry = Registry::scan(&[]);
 //! let loss = registry.get(Kind::Loss, "clip")?;
-//! println!("{}", clip_host_plugins::inspect::text(&loss));
+//! println!("{}", clip_host_plugins::inspect::text(&loss, None, false));
 //! # Ok::<(), clip_host_plugins::RegistryError>(())
 //! ```
 //!
