@@ -6,6 +6,7 @@ mod fused;
 mod loops;
 mod math;
 pub mod memory;
+mod native;
 mod pairs;
 pub mod peak;
 mod streams;

@@ -1,52 +1,146 @@
-//! Elementwise functions in f32, written without branches so that loops over them vectorise. Errors are a few units in
-//! the last place (measured in the tests against f64).
+//! Elementwise functions in f32, for any [`Lane`] and without branches, so that loops over them vectorise. Errors are a few
+//! units in the last place (measured in the tests against f64).
 
 // Coefficients stand as published.
 #![allow(clippy::excessive_precision)]
 
+use std::ops::{Add, Div, Mul, Sub};
+
+/// What the functions compute with: one number, or what records the instructions for many. Every operation rounds once,
+/// to nearest even, so that both give the same bits.
+pub trait Lane:
+    Copy
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Add<f32, Output = Self>
+    + Sub<f32, Output = Self>
+    + Mul<f32, Output = Self>
+{
+    /// The same number in every lane; `self` only says where.
+    fn constant(self, value: f32) -> Self;
+
+    /// `self > low ? self : low`; NaN becomes `low`.
+    fn at_least(self, low: f32) -> Self;
+
+    /// `self < high ? self : high`; NaN becomes `high`.
+    fn at_most(self, high: f32) -> Self;
+
+    fn abs(self) -> Self;
+
+    /// The magnitude of `self` with the sign of another.
+    fn copysign(self, sign: Self) -> Self;
+
+    /// 2ⁿ of an integer n from -126 to 127.
+    fn power_of_two(self) -> Self;
+
+    /// e of m · 2ᵉ with m in [½, 1), of a positive normal number.
+    fn exponent(self) -> Self;
+
+    /// m of m · 2ᵉ with m in [½, 1), of a positive normal number.
+    fn mantissa(self) -> Self;
+
+    /// `self < bound ? yes : no`.
+    fn if_less(self, bound: f32, yes: Self, no: Self) -> Self;
+
+    /// `self == value ? yes : no`.
+    fn if_equal(self, value: f32, yes: Self, no: Self) -> Self;
+
+    /// Whether `self` is NaN.
+    fn if_nan(self, yes: Self, no: Self) -> Self;
+}
+
+impl Lane for f32 {
+    #[inline(always)]
+    fn constant(self, value: f32) -> f32 {
+        value
+    }
+
+    #[inline(always)]
+    fn at_least(self, low: f32) -> f32 {
+        if self > low { self } else { low }
+    }
+
+    #[inline(always)]
+    fn at_most(self, high: f32) -> f32 {
+        if self < high { self } else { high }
+    }
+
+    #[inline(always)]
+    fn abs(self) -> f32 {
+        f32::abs(self)
+    }
+
+    #[inline(always)]
+    fn copysign(self, sign: f32) -> f32 {
+        f32::copysign(self, sign)
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> f32 {
+        // SAFETY: the number is from -126 to 127, as the callers' bounds see to also for NaN.
+        let bits = unsafe { self.to_int_unchecked::<i32>() };
+        f32::from_bits((bits.wrapping_add(127) as u32) << 23)
+    }
+
+    #[inline(always)]
+    fn exponent(self) -> f32 {
+        ((self.to_bits() >> 23) as i32 - 126) as f32
+    }
+
+    #[inline(always)]
+    fn mantissa(self) -> f32 {
+        f32::from_bits((self.to_bits() & 0x007f_ffff) | 0x3f00_0000)
+    }
+
+    #[inline(always)]
+    fn if_less(self, bound: f32, yes: f32, no: f32) -> f32 {
+        if self < bound { yes } else { no }
+    }
+
+    #[inline(always)]
+    fn if_equal(self, value: f32, yes: f32, no: f32) -> f32 {
+        if self == value { yes } else { no }
+    }
+
+    #[inline(always)]
+    fn if_nan(self, yes: f32, no: f32) -> f32 {
+        if self.is_nan() { yes } else { no }
+    }
+}
+
 /// eˣ: the argument is reduced by multiples of ln 2 to ±½ ln 2, where a polynomial of degree 6 is used (Cephes).
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
+pub fn exp<L: Lane>(x: L) -> L {
     const MAGIC: f32 = 12_582_912.0; // 1.5 · 2²³: adding and subtracting it rounds to an integer
-    let clamped = x.clamp(-104.0, 89.0);
+    let clamped = x.at_least(-104.0).at_most(89.0);
     let n = (clamped * std::f32::consts::LOG2_E + MAGIC) - MAGIC;
     let r = clamped - n * 0.693_359_375;
     let r = r - n * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
+    let mut p = r * 1.987_569_1e-4 + 1.398_199_9e-3;
     p = p * r + 8.333_452e-3;
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
     p = p * r + 5.000_000_1e-1;
     let value = p * r * r + r + 1.0;
     // 2ⁿ in two factors, so that neither leaves the range of exponents.
-    let half = ((n * 0.5 + MAGIC) - MAGIC).clamp(-126.0, 127.0);
-    let result = value * power_of_two(half) * power_of_two(n - half);
-    // The clamp drops NaN on some processors: bring it back.
-    if x.is_nan() { x } else { result }
-}
-
-#[inline(always)]
-fn power_of_two(n: f32) -> f32 {
-    // SAFETY: |n| is at most 127 (or NaN never reaches here: the caller clamps), so that it fits.
-    let bits = unsafe { n.to_int_unchecked::<i32>() };
-    f32::from_bits(((bits + 127) << 23) as u32)
+    let half = ((n * 0.5 + MAGIC) - MAGIC).at_least(-126.0).at_most(127.0);
+    let result = value * half.power_of_two() * (n - half).power_of_two();
+    // The bounds drop NaN: bring it back.
+    x.if_nan(x, result)
 }
 
 /// ln x; −∞ at 0, NaN below (Cephes).
 #[inline(always)]
-pub fn ln(x: f32) -> f32 {
-    let tiny = x < f32::MIN_POSITIVE;
-    let scaled = if tiny { x * 8_388_608.0 } else { x };
-    let bits = scaled.to_bits();
-    let mut e = ((bits >> 23) as i32 - 126) as f32 - if tiny { 23.0 } else { 0.0 };
-    let mut m = f32::from_bits((bits & 0x007f_ffff) | 0x3f00_0000);
-    let low = m < std::f32::consts::FRAC_1_SQRT_2;
-    e = if low { e - 1.0 } else { e };
-    m = if low { m + m - 1.0 } else { m - 1.0 };
+pub fn ln<L: Lane>(x: L) -> L {
+    let scaled = x.if_less(f32::MIN_POSITIVE, x * 8_388_608.0, x);
+    let e = scaled.exponent() - x.if_less(f32::MIN_POSITIVE, x.constant(23.0), x.constant(0.0));
+    let m = scaled.mantissa();
+    let e = m.if_less(std::f32::consts::FRAC_1_SQRT_2, e - 1.0, e);
+    let m = m.if_less(std::f32::consts::FRAC_1_SQRT_2, m + m - 1.0, m - 1.0);
     let z = m * m;
-    let mut p = 7.037_683_6e-2;
-    p = p * m - 1.151_461e-1;
+    let mut p = m * 7.037_683_6e-2 - 1.151_461e-1;
     p = p * m + 1.167_699_9e-1;
     p = p * m - 1.242_014_1e-1;
     p = p * m + 1.424_932_3e-1;
@@ -54,51 +148,47 @@ pub fn ln(x: f32) -> f32 {
     p = p * m + 2.000_071_5e-1;
     p = p * m - 2.499_999_4e-1;
     p = p * m + 3.333_333e-1;
-    let y = m * z * p + e * -2.121_944_4e-4 - 0.5 * z;
+    let y = m * z * p + e * -2.121_944_4e-4 - z * 0.5;
     let result = m + y + e * 0.693_359_375;
-    let result = if x == 0.0 { f32::NEG_INFINITY } else { result };
-    let result = if x < 0.0 { f32::NAN } else { result };
-    if x.is_nan() || x == f32::INFINITY { x } else { result }
+    let result = x.if_equal(0.0, x.constant(f32::NEG_INFINITY), result);
+    let result = x.if_less(0.0, x.constant(f32::NAN), result);
+    x.if_nan(x, x.if_equal(f32::INFINITY, x, result))
 }
 
 /// tanh x: an odd polynomial near 0 (Cephes), 1 − 2 / (e²ˣ + 1) beyond.
 #[inline(always)]
-pub fn tanh(x: f32) -> f32 {
+pub fn tanh<L: Lane>(x: L) -> L {
     let a = x.abs();
     let z = x * x;
-    let mut p = -5.704_988_7e-3;
-    p = p * z + 2.063_908_9e-2;
+    let mut p = z * -5.704_988_7e-3 + 2.063_908_9e-2;
     p = p * z - 5.373_971_5e-2;
     p = p * z + 1.333_144_2e-1;
     p = p * z - 3.333_328_2e-1;
     let near = p * z * x + x;
-    let far = (1.0 - 2.0 / (exp(a + a) + 1.0)).copysign(x);
-    let result = if a < 0.625 { near } else { far };
-    if x.is_nan() { x } else { result }
+    let far = (x.constant(1.0) - x.constant(2.0) / (exp(a + a) + 1.0)).copysign(x);
+    x.if_nan(x, a.if_less(0.625, near, far))
 }
 
 /// erf x: x P(x²) / Q(x²) with two polynomials of degree 5, fitted to the smallest relative error (2e-8 before rounding)
 /// where erf is not yet 1 in f32.
 #[inline(always)]
-pub fn erf(x: f32) -> f32 {
+pub fn erf<L: Lane>(x: L) -> L {
     const ONE_FROM: f32 = 3.92;
-    let clamped = x.clamp(-ONE_FROM, ONE_FROM);
+    let clamped = x.at_least(-ONE_FROM).at_most(ONE_FROM);
     let z = clamped * clamped;
-    let mut p = 2.050_122_9e-6;
-    p = p * z + 2.848_788e-4;
+    let mut p = z * 2.050_122_9e-6 + 2.848_788e-4;
     p = p * z + 3.765_435_4e-3;
     p = p * z + 5.274_817e-2;
     p = p * z + 1.904_022_1e-1;
     p = p * z + std::f32::consts::FRAC_2_SQRT_PI;
-    let mut q = 3.809_187_5e-5;
-    q = q * z + 1.162_491_6e-3;
+    let mut q = z * 3.809_187_5e-5 + 1.162_491_6e-3;
     q = q * z + 1.496_885_5e-2;
     q = q * z + 1.141_073_6e-1;
     q = q * z + 5.020_723_3e-1;
     q = q * z + 1.0;
-    let inside = (clamped * p / q).clamp(-1.0, 1.0);
-    let result = if x.abs() < ONE_FROM { inside } else { 1f32.copysign(x) };
-    if x.is_nan() { x } else { result }
+    let inside = (clamped * p / q).at_least(-1.0).at_most(1.0);
+    let result = x.abs().if_less(ONE_FROM, inside, x.constant(1.0).copysign(x));
+    x.if_nan(x, result)
 }
 
 #[cfg(test)]
