@@ -161,7 +161,8 @@ impl Executor {
         for kernel in &plan.kernels {
             launches.push(match kernel {
                 Kernel::Fused(fused) => {
-                    let program = Program::new(fused, pool.isa(), address).ok_or(ExecuteError::TooLong(fused.code.len()))?;
+                    let program =
+                        Program::new(fused, pool.isa(), address).ok_or(ExecuteError::TooLong(fused.code.len()))?;
                     Launch::Fused(Box::new(program))
                 }
                 Kernel::Own { op, node, inputs, shape, moments } => {

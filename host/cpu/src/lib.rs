@@ -1,5 +1,6 @@
-//! The CPU backend: runs a compiled plan. Fused kernels are interpreted tile by tile over vectorised loops; products,
-//! windows and tables have kernels of their own in `clip-host-cpu-kernels`.
+//! The CPU backend: runs a compiled plan. Fused kernels run tile by tile: as machine code compiled for the kernel where there
+//! is AVX-512 (`native`), else interpreted over vectorised loops (`tape`), with the same bits. Products, windows and tables
+//! have kernels of their own in `clip-host-cpu-kernels`.
 
 pub mod executor;
 mod fused;

@@ -6,6 +6,8 @@ mod group;
 mod prepare;
 mod schedule;
 mod slots;
+#[cfg(test)]
+mod tests;
 mod tile;
 
 use crate::loops::{Loops, loops};

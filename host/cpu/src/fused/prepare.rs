@@ -3,7 +3,7 @@
 use super::{Load, Out, Program, STREAM, Source};
 use crate::memory::Address;
 use crate::walk::{Cols, Rows, table};
-use clip_host_compiler::kernel::{Element, Fused, Output, Pattern, Rank, Store};
+use clip_host_compiler::kernel::{Element, Fused, Instr, Output, Pattern, Rank, Store};
 use clip_host_plugin_api::ir::NodeId;
 
 impl Program {
@@ -40,6 +40,16 @@ impl Program {
                 _ => Source::Gathered,
             };
             self.loads.push(Load { address, element, rows, cols, source });
+        }
+        // A result that is an operand itself must not be read where another result has replaced it.
+        for output in &kernel.outputs {
+            if let Instr::Load(load) = kernel.code[output.value].0
+                && let block = self.loads[load].address.block
+                && kernel.outputs.iter().any(|o| place(o.target).block == block && block > 0)
+                && matches!(self.loads[load].source, Source::Direct)
+            {
+                self.loads[load].source = Source::Gathered;
+            }
         }
     }
 

@@ -30,11 +30,7 @@ pub fn one_by_one(code: &[(Instr, Rank)]) -> Vec<Action> {
 /// between them, as early as its operands allow; what can is done as late as its readers allow, so that few values leave
 /// their loop. `can` says which instructions can be in a loop; loads among them are part of every loop that reads them, and
 /// stand in one themselves only if they are results. Scalars stand nowhere: they are computed before.
-pub fn in_groups(
-    code: &[(Instr, Rank)],
-    can: impl Fn(Reg) -> bool,
-    is_result: impl Fn(Reg) -> bool,
-) -> Vec<Action> {
+pub fn in_groups(code: &[(Instr, Rank)], can: impl Fn(Reg) -> bool, is_result: impl Fn(Reg) -> bool) -> Vec<Action> {
     let is_load = |reg: Reg| matches!(code[reg].0, Instr::Load(_));
     // The first round in which each instruction can be done: in a round, steps come first, then a loop.
     let mut earliest = vec![0usize; code.len()];

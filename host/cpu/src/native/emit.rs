@@ -4,8 +4,8 @@
 //! vector registers; one that finds no room is put on the stack, or read from its memory again.
 
 use super::assembler::{
-    Arithmetic, Assembler, Condition, Gpr, Lanes, Mask, Memory, Operand, R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP,
-    RBX, RCX, RDI, RDX, RSI, RSP, Zmm,
+    Arithmetic, Assembler, Condition, Gpr, Lanes, Mask, Memory, Operand, R8, R9, R10, R11, R12, R13, R14, R15, RAX,
+    RBP, RBX, RCX, RDI, RDX, RSI, RSP, Zmm,
 };
 use super::record::{Id, Operation};
 

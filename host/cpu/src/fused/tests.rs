@@ -1,0 +1,182 @@
+//! Compiled loops against the interpreter: random kernels, the same bits.
+
+use super::*;
+use clip_host_compiler::kernel::{Input, Output, Pattern};
+use clip_host_plugin_api::interpret::mix;
+use clip_host_plugin_api::ir::{Binary, Compare, Unary};
+
+struct Rng(u64);
+
+impl Rng {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        (mix(self.0) >> 33) as usize % n
+    }
+
+    fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())].clone()
+    }
+}
+
+/// A kernel whose operands and results are nodes of their own: node i is block i + 1.
+struct Random {
+    kernel: Fused,
+    /// Elements of each block.
+    sizes: Vec<usize>,
+}
+
+/// The least and the most instructions besides loads.
+fn random(seed: u64, length: std::ops::Range<usize>) -> Random {
+    let mut rng = Rng(seed);
+    let rows = rng.pick(&[1, 1, 2, 3, 7, 30, 64, 250]);
+    let cols = rng.pick(&[1, 3, 8, 9, 15, 16, 17, 30, 48, 64, 100, 1024, 1500, 5000]);
+    let mut random = Random {
+        kernel: Fused {
+            rows,
+            cols,
+            dims: vec![rows, cols],
+            inner: 1,
+            inputs: vec![],
+            code: vec![],
+            outputs: vec![],
+            nodes: vec![],
+        },
+        sizes: vec![],
+    };
+    let Random { kernel, sizes } = &mut random;
+    for number in 0..1 + rng.below(10) {
+        let (rank, pattern, size, halves) = match rng.below(6) {
+            0 => (Rank::Full, Pattern::Column, cols, false),
+            1 => (Rank::Row, Pattern::Same, rows, false),
+            2 => (Rank::Scalar, Pattern::Same, 1, false),
+            // The transpose's order.
+            3 => (Rank::Full, Pattern::Strided(vec![1, rows]), rows * cols, false),
+            _ => (Rank::Full, Pattern::Same, rows * cols, rng.below(3) == 0),
+        };
+        let dtype = if halves { Element::Bf16 } else { Element::F32 };
+        kernel.inputs.push(Input { source: sizes.len() as NodeId, offset: 0, rank, dtype, pattern });
+        kernel.code.push((Instr::Load(number), rank));
+        sizes.push(size);
+    }
+    for _ in 0..length.start + rng.below(length.len()) {
+        // Recent values more often, but old ones too: many are alive at once.
+        let count = kernel.code.len();
+        let mut any = || if rng.below(2) == 0 { count - 1 - rng.below(count.min(4)) } else { rng.below(count) };
+        let (a, b, c) = (any(), any(), any());
+        let rank = |r: usize| kernel.code[r].1;
+        let step = match rng.below(12) {
+            0 => (Instr::Const(rng.pick(&[0.0, 1.0, -0.5, 3.25])), Rank::Scalar),
+            1 if rank(a) == Rank::Full => (Instr::RowSum(a), Rank::Row),
+            2 if rank(a) == Rank::Full => (Instr::RowMax(a), Rank::Row),
+            3 if rank(a) != Rank::Full => (Instr::Expand(a), Rank::Full),
+            3 => (Instr::Random(rng.below(3) as u32), Rank::Full),
+            4 | 5 => {
+                let ops = [Unary::Neg, Unary::Exp, Unary::Abs, Unary::Tanh, Unary::Erf, Unary::Recip, Unary::Sqrt];
+                (Instr::Unary(rng.pick(&ops), a), rank(a))
+            }
+            6 => (Instr::Compare(rng.pick(&[Compare::Lt, Compare::Le, Compare::Eq]), a, b), rank(a).max(rank(b))),
+            7 => (Instr::Select(c, a, b), rank(a).max(rank(b)).max(rank(c))),
+            _ => {
+                let ops = [Binary::Add, Binary::Sub, Binary::Mul, Binary::Div, Binary::Maximum, Binary::Minimum];
+                (Instr::Binary(rng.pick(&ops), a, b), rank(a).max(rank(b)))
+            }
+        };
+        kernel.code.push(step);
+    }
+    for number in 0..1 + rng.below(4) {
+        let value = if number == 0 { kernel.code.len() - 1 } else { rng.below(kernel.code.len()) };
+        let (store, dtype, size) = match (kernel.code[value].1, rng.below(6)) {
+            (Rank::Full, 0 | 1) => (Store::SumRows { segment: rows }, Element::F32, cols),
+            (Rank::Full, 2) => (Store::SumAll, Element::F32, 1),
+            (Rank::Full, 3) => (Store::Each, Element::Bf16, rows * cols),
+            (Rank::Full, _) => (Store::Each, Element::F32, rows * cols),
+            (Rank::Row, _) => (Store::Each, Element::F32, rows),
+            (Rank::Scalar, _) => continue,
+        };
+        // Now and then a result replaces an operand that is read in the same order.
+        let replaced = kernel.inputs.iter().find(|i| {
+            let same = i.rank == Rank::Full && i.pattern == Pattern::Same && i.dtype == dtype;
+            same && store == Store::Each && kernel.outputs.iter().all(|o| o.target != i.source)
+        });
+        let target = match replaced.filter(|_| size == rows * cols && rng.below(3) == 0) {
+            Some(input) => input.source,
+            None => {
+                sizes.push(size);
+                sizes.len() as NodeId - 1
+            }
+        };
+        kernel.outputs.push(Output { target, value, store, dtype });
+    }
+    random
+}
+
+/// Runs a program over memory of its own and gives back all of it.
+fn run(random: &Random, mut program: Program, pool: &ThreadPool) -> Vec<Vec<u32>> {
+    let mut rng = Rng(random.sizes.len() as u64);
+    let value = |rng: &mut Rng| (rng.below(4001) as f32 - 2000.0) / 1000.0;
+    let mut blocks: Vec<crate::memory::Buffer> = std::iter::once(&1)
+        .chain(&random.sizes)
+        .map(|&size| {
+            let mut buffer = crate::memory::Buffer::new(size);
+            // Read as bf16 they are numbers of ordinary size too.
+            buffer
+                .as_mut_slice()
+                .iter_mut()
+                .for_each(|v| *v = f32::from_bits(value(&mut rng).to_bits() & !0xff | 0x3f));
+            buffer
+        })
+        .collect();
+    let pointers: Vec<*mut f32> = blocks.iter_mut().map(|b| b.as_mut_slice().as_mut_ptr()).collect();
+    // SAFETY: every node has a block of its size.
+    unsafe { program.run(pool, Memory { blocks: &pointers }, 5) };
+    blocks.iter().map(|b| b.as_slice().iter().map(|v| v.to_bits()).collect()).collect()
+}
+
+fn place(node: NodeId) -> Address {
+    Address { block: node as usize + 1, offset: 0 }
+}
+
+/// Equal bits, but for which NaN a NaN is.
+fn assert_same(kernel: &Fused, got: &[Vec<u32>], expected: &[Vec<u32>], what: &str) {
+    let halves = |block: usize| {
+        let is = |node: NodeId, element| node as usize + 1 == block && element == Element::Bf16;
+        kernel.inputs.iter().any(|i| is(i.source, i.dtype)) || kernel.outputs.iter().any(|o| is(o.target, o.dtype))
+    };
+    for (block, (got, expected)) in got.iter().zip(expected).enumerate() {
+        for (at, (&g, &e)) in got.iter().zip(expected).enumerate() {
+            let nan = |bits: u32| f32::from_bits(bits).is_nan();
+            let same = match halves(block) {
+                true => [16, 0].iter().all(|s| {
+                    let (g, e) = (g >> s << 16, e >> s << 16);
+                    g == e || nan(g) && nan(e)
+                }),
+                false => g == e || nan(g) && nan(e),
+            };
+            let (g, e) = (f32::from_bits(g), f32::from_bits(e));
+            assert!(same, "{what}: block {block} [{at}] is {g:e}, expected {e:e} in {kernel:#?}");
+        }
+    }
+}
+
+#[test]
+fn compiled_kernels_give_the_interpreters_bits() {
+    if !native::is_supported(Isa::detect()) {
+        eprintln!("skipped: no AVX-512 here");
+        return;
+    }
+    let pools = [1, 2].map(|threads| ThreadPool::with_isa(threads, Isa::Avx512));
+    let mut compiled = 0;
+    // The long ones have more values at once than there are registers.
+    for (seed, length) in (0..600).map(|s| (s, 2..30)).chain((600..660).map(|s| (s, 100..300))) {
+        let random = random(seed, length);
+        let expected = run(&random, Program::interpreted(&random.kernel, Isa::Portable, &place), &pools[0]);
+        let Some(_) = Program::compiled(&random.kernel, Isa::Avx512, &place) else { continue };
+        compiled += 1;
+        for pool in &pools {
+            let program = Program::compiled(&random.kernel, Isa::Avx512, &place).expect("as just now");
+            let got = run(&random, program, pool);
+            assert_same(&random.kernel, &got, &expected, &format!("seed {seed}, {} threads", pool.threads()));
+        }
+    }
+    assert!(compiled > 400, "{compiled} of 660 kernels were compiled");
+}
