@@ -19,7 +19,7 @@ pub fn complete(plugin: &Plugin, config: &str) -> Result<Value, CliError> {
     let config = match plugin.kind() {
         Kind::Loss => &recipe.loss.config,
         Kind::Optimizer => &recipe.optimizer.choice.config,
-        Kind::Encoder => &recipe.model.image_encoder.config,
+        Kind::Encoder => &recipe.model.image_encoder.choice.config,
         Kind::Scheduler => &recipe.scheduler.config,
     };
     Ok(plugin.complete(config).map_err(|errors| {

@@ -17,6 +17,7 @@
 //! leniently what `ron` has extensions for: implicit `Some`, unwrapped newtypes. It refuses byte strings.
 
 mod de;
+mod encoder;
 mod error;
 mod optimizer;
 mod parse;
@@ -28,6 +29,7 @@ mod span;
 mod value;
 mod write;
 
+pub use encoder::Encoder;
 pub use error::{RecipeError, RecipeErrors, name_hint, nearest};
 pub use optimizer::{Optimizer, ParamGroup};
 pub use recipe::{Part, Recipe};

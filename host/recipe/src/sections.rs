@@ -1,5 +1,6 @@
 //! The typed sections of a recipe. Keys, types, defaults and ranges are all here.
 
+use crate::encoder::Encoder;
 use crate::optimizer::Optimizer;
 use crate::range;
 use crate::value::{Kind, Value};
@@ -66,9 +67,9 @@ pub struct PluginChoice {
 #[serde(deny_unknown_fields)]
 pub struct Model {
     /// Encoder of images.
-    pub image_encoder: PluginChoice,
+    pub image_encoder: Encoder,
     /// Encoder of captions.
-    pub text_encoder: PluginChoice,
+    pub text_encoder: Encoder,
     /// Dimensions of the shared embedding.
     #[serde(deserialize_with = "range::within::<_, 1, 65_536>")]
     pub embed_dim: usize,
@@ -197,7 +198,7 @@ pub(crate) fn sha256<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Optio
 
 // Back to RON, all defaults written out.
 
-fn path(path: &std::path::Path) -> Value {
+pub(crate) fn path(path: &std::path::Path) -> Value {
     Value::string(&path.to_string_lossy())
 }
 

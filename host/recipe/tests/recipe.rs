@@ -64,7 +64,7 @@ fn a_recipe_loads() {
     assert_eq!(recipe.train.checkpoint_every_steps, None);
     assert_eq!(recipe.backend, Backend::Auto);
     assert_eq!(recipe.precision, Precision::F32);
-    let config = serde_json::Value::Object(recipe.model.image_encoder.config.clone());
+    let config = serde_json::Value::Object(recipe.model.image_encoder.choice.config.clone());
     let expected = serde_json::json!({"depth": 18, "width": 0.5, "stem": "Small", "layers": [2, 2]});
     assert_eq!(config, expected);
     let config = serde_json::Value::Object(recipe.loss.config.clone());
@@ -346,7 +346,7 @@ fn overrides() {
     assert_eq!(recipe.optimizer.lr, 1e-3);
     assert_eq!(recipe.loss.plugin, "dynamic-temperature");
     assert_eq!(config(&recipe.scheduler.config), serde_json::json!({"warmup_steps": 100}));
-    assert_eq!(recipe.model.image_encoder.config["layers"], serde_json::json!([2, 3]));
+    assert_eq!(recipe.model.image_encoder.choice.config["layers"], serde_json::json!([2, 3]));
     let data: Data = recipe.section("data").unwrap();
     assert_eq!(data.train[0], Shards::Tar("other.tar".into()));
     assert_eq!(data.train[1], Shards::Csv { path: "rows/pairs.csv".into(), sep: '\t' });

@@ -30,7 +30,7 @@ fn the_studys_run() {
     assert_eq!(again, recipe);
 
     let vit = shipped("cc3m/isogclr_radam_vit.ron", &[]);
-    assert_eq!(vit.model.image_encoder.config["preset"], serde_json::json!("vit_base_patch32_224"));
+    assert_eq!(vit.model.image_encoder.choice.config["preset"], serde_json::json!("vit_base_patch32_224"));
     assert_eq!(vit.section::<usize>("data.image_size").unwrap(), 224);
     assert_eq!((&vit.loss, &vit.scheduler, &vit.train), (&recipe.loss, &recipe.scheduler, &recipe.train));
 }

@@ -6,11 +6,13 @@ use crate::{output, prepare};
 use clip_host_data::{Data, DataConfig, DataError};
 use clip_host_plugin_api::encoder::{EncoderRequest, InputShape};
 use clip_host_plugin_api::export::Request;
+use clip_host_plugin_api::ir::{Fragment, Op};
 use clip_host_plugin_api::loss::LossRequest;
 use clip_host_plugin_api::optimizer::{OptimizerRequest, ParamInfo, ScalarsRequest};
 use clip_host_plugin_api::scheduler::Progress;
-use clip_host_recipe::{Part, Recipe, RecipeError};
-use clip_host_train::{Plugins, assemble};
+use clip_host_recipe::{Encoder, Part, Recipe, RecipeError};
+use clip_host_train::pretrained::Weights;
+use clip_host_train::{Plugins, TrainError, assemble};
 use serde::Serialize;
 use std::path::Path;
 
@@ -138,22 +140,39 @@ fn check_data(recipe: &Recipe, config: &DataConfig, findings: &mut Findings) -> 
 /// Every plugin builds what the run will ask of it.
 fn check_model(recipe: &Recipe, plugins: &Plugins, config: &DataConfig, data: Option<&Data>, findings: &mut Findings) {
     let mut errors: Vec<RecipeError> = Vec::new();
+    let mut wrong_weights: Vec<RecipeError> = Vec::new();
     let mut refused = |section: &str, text: &str| {
         let (message, hint) = assemble::split_hint(text);
         errors.push(recipe.error_at(&format!("{section}.plugin"), Part::Value, message, hint));
     };
     let batch = recipe.train.batch_size;
     let (height, width) = (config.image_size, config.image_size);
+    let text = InputShape::Text { length: config.text.max_length };
     let encoders = [
-        ("model.image_encoder", &plugins.image_encoder, InputShape::Image { height, width }),
-        ("model.text_encoder", &plugins.text_encoder, InputShape::Text { length: config.text.max_length }),
+        (
+            "model.image_encoder",
+            &plugins.image_encoder,
+            InputShape::Image { height, width },
+            &recipe.model.image_encoder,
+        ),
+        ("model.text_encoder", &plugins.text_encoder, text, &recipe.model.text_encoder),
     ];
-    for (section, part, input) in encoders {
+    for (section, part, input, encoder) in encoders {
         for training in [true, false] {
             let request = EncoderRequest { config: part.config.clone(), batch, input, training };
-            if let Err(error) = part.plugin.fragment(&Request::Encoder(request)) {
-                refused(section, &error.to_string());
-                break;
+            match part.plugin.fragment(&Request::Encoder(request)) {
+                Err(error) => {
+                    refused(section, &error.to_string());
+                    break;
+                }
+                Ok(fragment) if training => match check_weights(&fragment, encoder) {
+                    Ok(fact) => findings.facts.extend(fact.map(|fact| format!("{section}: {fact}"))),
+                    Err(error) => {
+                        let (message, hint) = assemble::split_hint(&error.to_string());
+                        wrong_weights.push(recipe.error_at(&format!("{section}.weights"), Part::Value, message, hint));
+                    }
+                },
+                Ok(_) => {}
             }
         }
     }
@@ -176,6 +195,7 @@ fn check_model(recipe: &Recipe, plugins: &Plugins, config: &DataConfig, data: Op
     if let Err(error) = schedule(recipe, plugins, steps_per_epoch) {
         refused("scheduler", &error);
     }
+    errors.extend(wrong_weights);
     errors.extend(assemble::check_groups(recipe, &plugins.model(recipe, config, dataset_size)));
     if let (Some(data), Some(size)) = (data, plugins.vocab_size())
         && data.tokenizer.vocab_size() > size
@@ -189,6 +209,18 @@ fn check_model(recipe: &Recipe, plugins: &Plugins, config: &DataConfig, data: Op
         findings.facts.push(format!("plugins: {}", names.join(", ")));
     }
     findings.errors.extend(errors.iter().map(ToString::to_string));
+}
+
+/// Whether the weights that an encoder is to begin with are there and fit its parameters and states.
+fn check_weights(fragment: &Fragment, encoder: &Encoder) -> Result<Option<String>, TrainError> {
+    let Some(file) = &encoder.weights else { return Ok(None) };
+    let named = fragment.nodes.iter().filter_map(|node| match &node.op {
+        Op::Param { name, .. } | Op::State { name, .. } => Some((name.clone(), node.shape.clone())),
+        _ => None,
+    });
+    let (found, unused) = Weights::read(file, encoder.weights_sha256.as_deref())?.fit(&named.collect::<Vec<_>>())?;
+    let taken = found.iter().flatten().count();
+    Ok(Some(format!("begins with {taken} tensors of {}, {} are not used", file.display(), unused.len())))
 }
 
 /// The learning rate at the beginning, in the middle and at the end.

@@ -60,8 +60,8 @@ impl Plugins {
             let chosen = choose(recipe, registry, kind, section, choice);
             chosen.map_err(|found| errors.extend(found)).ok()
         };
-        let image_encoder = part(Kind::Encoder, "model.image_encoder", &recipe.model.image_encoder);
-        let text_encoder = part(Kind::Encoder, "model.text_encoder", &recipe.model.text_encoder);
+        let image_encoder = part(Kind::Encoder, "model.image_encoder", &recipe.model.image_encoder.choice);
+        let text_encoder = part(Kind::Encoder, "model.text_encoder", &recipe.model.text_encoder.choice);
         let loss = part(Kind::Loss, "loss", &recipe.loss);
         let optimizer = part(Kind::Optimizer, "optimizer", &recipe.optimizer.choice);
         let scheduler = part(Kind::Scheduler, "scheduler", &recipe.scheduler);

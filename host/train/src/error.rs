@@ -60,6 +60,16 @@ pub enum TrainError {
         /// What to do.
         hint: String,
     },
+    /// Weights to begin with that do not fit, or are none.
+    #[error("weights {path}: {problem}\nhint: {hint}", path = path.display())]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// Expected and found.
+        problem: String,
+        /// What to do.
+        hint: String,
+    },
     /// The data of the run is no longer what it was trained with.
     #[error(
         "resume: the data has changed: the run was trained with {expected}, now there are {got}\n\

@@ -4,9 +4,10 @@
 //!
 //! 1. [`assemble`]: the recipe's plugins, loaded and configured, and the model that they make;
 //! 2. [`run_folder`]: where everything goes;
-//! 3. [`train_loop`]: steps, evaluations, checkpoints;
-//! 4. [`evaluate`]: retrieval over the held-out pairs;
-//! 5. [`progress`] shows, [`metrics`] and [`tensorboard`] record, [`checkpoint`] saves and restores, [`report`] draws, [`export`]
+//! 3. [`pretrained`]: published weights that an encoder begins with;
+//! 4. [`train_loop`]: steps, evaluations, checkpoints;
+//! 5. [`evaluate`]: retrieval over the held-out pairs;
+//! 6. [`progress`] shows, [`metrics`] and [`tensorboard`] record, [`checkpoint`] saves and restores, [`report`] draws, [`export`]
 //!    writes the weights for other programs.
 //!
 //! What a run computes is a function of its recipe, its data and its plugins: a run that was killed at any instant and
@@ -19,6 +20,7 @@ pub mod error;
 pub mod evaluate;
 pub mod export;
 pub mod metrics;
+pub mod pretrained;
 pub mod progress;
 pub mod report;
 pub mod run_folder;

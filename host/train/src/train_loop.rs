@@ -6,6 +6,7 @@ use crate::error::{Result, TrainError};
 use crate::evaluate::evaluate;
 use crate::export;
 use crate::metrics::{self, Metrics};
+use crate::pretrained::Weights;
 use crate::progress::{self, Progress};
 use crate::report;
 use crate::run_folder::RunFolder;
@@ -165,7 +166,10 @@ impl<'p> Run<'p> {
         };
         let state = match &found {
             Some(found) => restore(&mut session, found, shape)?,
-            None => State::new(shape),
+            None => {
+                begin_with_weights(&job.recipe, &mut session, progress)?;
+                State::new(shape)
+            }
         };
         let all_steps = shape.steps_per_epoch.saturating_mul(train.epochs);
         let last_step = train.steps.map_or(all_steps, |steps| steps.min(all_steps));
@@ -462,6 +466,26 @@ impl<'p> Run<'p> {
 
 /// The metric that schedulers see and that the best checkpoint is chosen by.
 const MAIN_METRIC: &str = "mean_recall";
+
+/// Gives the encoders the weights that the recipe names for them.
+///
+/// # Errors
+/// As [`Weights::read`] and [`Weights::load`].
+fn begin_with_weights(recipe: &Recipe, session: &mut Session, progress: &mut Progress) -> Result<()> {
+    let model = &recipe.model;
+    for (tower, encoder) in [("image_encoder", &model.image_encoder), ("text_encoder", &model.text_encoder)] {
+        let Some(file) = &encoder.weights else { continue };
+        let loaded = Weights::read(file, encoder.weights_sha256.as_deref())?.load(session, tower)?;
+        let unused = match loaded.unused.as_slice() {
+            [] => String::new(),
+            [name] => format!("; `{name}` is not used"),
+            [name, more @ ..] => format!("; `{name}` and {} more are not used", more.len()),
+        };
+        let (taken, sum) = (loaded.taken, &loaded.sha256);
+        progress.line(&format!("{tower} begins with {taken} tensors of {} ({sum:.12}…){unused}", file.display()));
+    }
+    Ok(())
+}
 
 /// Puts a checkpoint's tensors into the session, all or none missing.
 ///
