@@ -20,6 +20,31 @@ type Shape = Vec<usize>;
 /// Shape and element type.
 pub type Type<'a> = (&'a [usize], DType);
 
+/// Elements of a tensor at most. No machine holds more, and sizes, offsets and sums of them stay far inside 64 bits.
+pub const MAX_ELEMENTS: usize = 1 << 40;
+
+/// Refuses a shape of more than [`MAX_ELEMENTS`] elements, empty dimensions counted as one.
+fn within_limit(op: &Op, shape: &[usize]) -> Result<(), ShapeError> {
+    let elements = shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size.max(1)));
+    match elements {
+        Some(elements) if elements <= MAX_ELEMENTS => Ok(()),
+        _ => Err(wrong(op, format!("at most {MAX_ELEMENTS} elements"), format!("{shape:?}"))),
+    }
+}
+
+/// Strides, dilations, paddings and pooling windows at most.
+pub const MAX_WINDOW: usize = 1 << 20;
+
+/// Refuses windows beyond [`MAX_WINDOW`].
+fn within_window(op: &Op, numbers: &[[usize; 2]]) -> Result<(), ShapeError> {
+    match numbers.iter().flatten().all(|&number| number <= MAX_WINDOW) {
+        true => Ok(()),
+        false => {
+            Err(wrong(op, format!("a window, stride and padding of at most {MAX_WINDOW}"), format!("{numbers:?}")))
+        }
+    }
+}
+
 /// Size of a convolution's or pooling's output along one dimension; `None` if the window does not fit.
 pub fn window_output(input: usize, kernel: usize, stride: usize, padding: usize, dilation: usize) -> Option<usize> {
     let reach = dilation.checked_mul(kernel.checked_sub(1)?)?.checked_add(1)?;
@@ -30,6 +55,16 @@ pub fn window_output(input: usize, kernel: usize, stride: usize, padding: usize,
 /// The shape and type of `op` over `inputs`. `declared` is the shape that the node states: it is the answer for ops
 /// whose shape is free (leaves, reshape, broadcast, gradients of windows), and must agree for all others.
 pub fn infer(op: &Op, inputs: &[Type], declared: &[usize], dtype: DType) -> Result<(Shape, DType), ShapeError> {
+    for shape in inputs.iter().map(|input| input.0).chain([declared]) {
+        within_limit(op, shape)?;
+    }
+    let (shape, dtype) = infer_unlimited(op, inputs, declared, dtype)?;
+    within_limit(op, &shape)?;
+    Ok((shape, dtype))
+}
+
+/// [`infer`] of shapes that are within the limit, for a result that may not be.
+fn infer_unlimited(op: &Op, inputs: &[Type], declared: &[usize], dtype: DType) -> Result<(Shape, DType), ShapeError> {
     let arity = match op {
         Op::Input { .. } | Op::Param { .. } | Op::State { .. } | Op::Constant { .. } => 0..=0,
         Op::Literal { .. } | Op::Iota { .. } | Op::Random { .. } => 0..=0,
@@ -141,7 +176,10 @@ pub fn infer(op: &Op, inputs: &[Type], declared: &[usize], dtype: DType) -> Resu
             }
         }
         Op::Pad { before, after, .. } => match before.len() == x.len() && after.len() == x.len() {
-            true => same(&x.iter().zip(before.iter().zip(after)).map(|(n, (b, a))| n + b + a).collect::<Vec<_>>()),
+            true => {
+                let padded = |(n, (b, a)): (&usize, (&usize, &usize))| n.saturating_add(*b).saturating_add(*a);
+                same(&x.iter().zip(before.iter().zip(after)).map(padded).collect::<Vec<_>>())
+            }
             false => Err(wrong(op, format!("{} paddings", x.len()), format!("{} and {}", before.len(), after.len()))),
         },
         Op::Concat { axis } => {
@@ -159,7 +197,7 @@ pub fn infer(op: &Op, inputs: &[Type], declared: &[usize], dtype: DType) -> Resu
                         format!("{:?}", shapes(inputs)),
                     ));
                 }
-                shape[*axis] += other[*axis];
+                shape[*axis] = shape[*axis].saturating_add(other[*axis]);
             }
             same(&shape)
         }
@@ -254,8 +292,9 @@ fn conv_output(op: &Op, conv: &Conv, x: &[usize], weight: &[usize]) -> Result<Sh
             format!("{x:?}, {weight:?}, {}", conv.groups),
         ));
     }
+    within_window(op, &[conv.stride, conv.padding, conv.dilation])?;
     let [n, c, h, w] = conv.layout.axes().map(|a| x[a]);
-    if c != weight[1] * conv.groups || !weight[0].is_multiple_of(conv.groups) {
+    if Some(c) != weight[1].checked_mul(conv.groups) || !weight[0].is_multiple_of(conv.groups) {
         return Err(wrong(
             op,
             format!("a weight [out, {c} / groups, kh, kw] with groups dividing out"),
@@ -273,6 +312,7 @@ fn pool_output(op: &Op, pool: &Pool, x: &[usize]) -> Result<Shape, ShapeError> {
     if x.len() != 4 {
         return Err(wrong(op, "a 4-D input", format!("{x:?}")));
     }
+    within_window(op, &[pool.kernel, pool.stride, pool.padding])?;
     let [n, c, h, w] = pool.layout.axes().map(|a| x[a]);
     if (0..2).any(|d| pool.padding[d] * 2 > pool.kernel[d]) {
         return Err(wrong(
@@ -301,6 +341,8 @@ pub enum FragmentError {
     Order { node: usize, op: &'static str, input: u32 },
     #[error("two nodes are named `{name}`")]
     Name { name: String },
+    #[error("two {what} are named `{name}`")]
+    Result { what: &'static str, name: String },
     #[error("{what} names %{node}: {why}")]
     Reference { what: String, node: u32, why: String },
     #[error(
@@ -365,6 +407,12 @@ fn verify_references(fragment: &Fragment) -> Result<(), FragmentError> {
             why: format!("there are only {} nodes", fragment.nodes.len()),
         })
     };
+    for (what, results) in [("outputs", &fragment.outputs), ("metrics", &fragment.metrics)] {
+        let mut names = std::collections::HashSet::new();
+        if let Some((name, _)) = results.iter().find(|(name, _)| !names.insert(name)) {
+            return Err(FragmentError::Result { what, name: name.clone() });
+        }
+    }
     for (name, id) in &fragment.outputs {
         node(format!("output `{name}`"), *id)?;
     }
@@ -401,10 +449,59 @@ fn verify_references(fragment: &Fragment) -> Result<(), FragmentError> {
 mod tests {
     use super::*;
 
+    fn node(op: Op, inputs: Vec<u32>, shape: &[usize]) -> Node {
+        Node { op, inputs, shape: shape.to_vec(), dtype: DType::F32 }
+    }
+
+    #[test]
+    fn sizes_that_no_machine_holds_are_refused() {
+        let input = |shape: &[usize]| node(Op::Input { name: "x".into() }, vec![], shape);
+        let refused = |nodes: Vec<Node>| {
+            let error = verify(&Fragment { nodes, ..Fragment::default() }).unwrap_err().to_string();
+            assert!(error.contains("at most 1099511627776 elements"), "{error}");
+        };
+        // Products that wrap round to a small number, with and without an empty dimension.
+        refused(vec![input(&[1 << 33, 1 << 33])]);
+        refused(vec![input(&[0, usize::MAX, usize::MAX])]);
+        let padded = Op::Pad { before: vec![usize::MAX], after: vec![2], value: 0.0 };
+        refused(vec![input(&[4]), node(padded, vec![0], &[5])]);
+        refused(vec![input(&[4, 1]), node(Op::Broadcast, vec![0], &[4, 1 << 40])]);
+        let (tall, wide) = (node(Op::Reshape, vec![0], &[1 << 30, 1]), node(Op::Reshape, vec![0], &[1, 1 << 30]));
+        refused(vec![input(&[1 << 30]), tall, wide, node(Op::Matmul, vec![1, 2], &[1 << 30, 1 << 30])]);
+        let conv = Conv {
+            stride: [1; 2],
+            padding: [MAX_WINDOW; 2],
+            dilation: [1; 2],
+            groups: usize::MAX,
+            layout: crate::ir::Layout::Nchw,
+        };
+        let nodes = vec![input(&[1, 1, 4, 4]), node(Op::Input { name: "w".into() }, vec![], &[1, 3, 1, 1])];
+        let conv_node = |conv| [nodes.clone(), vec![node(Op::Conv2d(conv), vec![0, 1], &[1, 1, 4, 4])]].concat();
+        // Groups times channels would wrap.
+        assert!(verify(&Fragment { nodes: conv_node(conv), ..Fragment::default() }).is_err());
+        let nodes = vec![input(&[1, 1, 4, 4]), node(Op::Input { name: "w".into() }, vec![], &[1, 1, 1, 1])];
+        // 2²¹ by 2²¹ and a few.
+        let wide = node(Op::Conv2d(Conv { groups: 1, ..conv }), vec![0, 1], &[1, 1, 4, 4]);
+        refused([nodes.clone(), vec![wide]].concat());
+        let far = Conv { groups: 1, stride: [MAX_WINDOW + 1; 2], ..conv };
+        let nodes = [nodes, vec![node(Op::Conv2d(far), vec![0, 1], &[1, 1, 2, 2])]].concat();
+        let error = verify(&Fragment { nodes, ..Fragment::default() }).unwrap_err().to_string();
+        assert!(error.contains("at most 1048576"), "{error}");
+    }
+
+    #[test]
+    fn two_results_of_one_name_are_refused() {
+        let nodes = vec![node(Op::Input { name: "x".into() }, vec![], &[])];
+        let twice = vec![("a".to_string(), 0), ("a".to_string(), 0)];
+        let error = verify(&Fragment { nodes: nodes.clone(), outputs: twice.clone(), ..Fragment::default() });
+        assert_eq!(error.unwrap_err().to_string(), "two outputs are named `a`");
+        let error = verify(&Fragment { nodes, metrics: twice, ..Fragment::default() });
+        assert_eq!(error.unwrap_err().to_string(), "two metrics are named `a`");
+    }
+
     #[test]
     fn ops_of_the_host_are_refused_in_fragments() {
         let input = Op::Input { name: "x".into() };
-        let node = |op, inputs, shape: &[usize]| Node { op, inputs, shape: shape.to_vec(), dtype: DType::F32 };
         let nodes = vec![node(input, vec![], &[4, 3]), node(Op::Moments, vec![0], &[2, 3])];
         assert_eq!(verify_node(&nodes[1], |i| &nodes[i as usize]), Ok(()));
         let error = verify(&Fragment { nodes, ..Fragment::default() }).unwrap_err();
