@@ -16,6 +16,7 @@ pub struct Loops {
     pub compare: unsafe fn(Compare, Arg, Arg, *mut f32, usize),
     pub select: unsafe fn(Arg, Arg, Arg, *mut f32, usize),
     pub unary_identity: unsafe fn(Arg, *mut f32, usize),
+    pub keep: unsafe fn(Arg, *mut f32, usize),
     pub to_integers: unsafe fn(Arg, *mut i32, usize),
     pub widen: unsafe fn(*const bf16, *mut f32, usize),
     pub narrow: unsafe fn(Arg, *mut bf16, usize),
@@ -56,6 +57,7 @@ macro_rules! table {
                 compare,
                 select,
                 unary_identity,
+                keep,
                 to_integers,
                 widen,
                 narrow,
@@ -76,6 +78,7 @@ macro_rules! table {
             table!(@ $($features)?; compare(op: Compare, a: Arg, b: Arg, out: *mut f32, n: usize));
             table!(@ $($features)?; select(c: Arg, a: Arg, b: Arg, out: *mut f32, n: usize));
             table!(@ $($features)?; unary_identity(a: Arg, out: *mut f32, n: usize));
+            table!(@ $($features)?; keep(a: Arg, out: *mut f32, n: usize));
             table!(@ $($features)?; to_integers(a: Arg, out: *mut i32, n: usize));
             table!(@ $($features)?; widen(a: *const bf16, out: *mut f32, n: usize));
             table!(@ $($features)?; narrow(a: Arg, out: *mut bf16, n: usize));
@@ -159,6 +162,10 @@ mod tests {
                     keep(&out);
                 }
                 (l.select)(x, y, Arg::Value(0.0), out.as_mut_ptr(), 777);
+                keep(&out);
+                let small: Vec<f32> = a.iter().map(|v| v * 1e-38).collect();
+                (l.keep)(Arg::Vector(small.as_ptr()), out.as_mut_ptr(), 777);
+                assert!(out.iter().zip(&small).all(|(o, s)| *o == if s.is_normal() { *s } else { 0.0 }));
                 keep(&out);
                 (l.narrow)(x, half.as_mut_ptr(), 777);
                 (l.widen)(half.as_ptr(), out.as_mut_ptr(), 777);

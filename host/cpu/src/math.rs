@@ -110,11 +110,21 @@ impl Lane for f32 {
     }
 }
 
-/// eˣ: the argument is reduced by multiples of ln 2 to ±½ ln 2, where a polynomial of degree 6 is used (Cephes).
+/// x, or 0 if it is subnormal.
+#[inline(always)]
+pub fn without_subnormals<L: Lane>(x: L) -> L {
+    x.abs().if_less(f32::MIN_POSITIVE, x.constant(0.0), x)
+}
+
+/// eˣ: the argument is reduced by multiples of ln 2 to ±½ ln 2, where a polynomial of degree 6 is used (Cephes). Results
+/// below the smallest normal number are 0: processors multiply subnormal ones a hundred times slower, and the softmax of a
+/// masked score would be full of them.
 #[inline(always)]
 pub fn exp<L: Lane>(x: L) -> L {
+    /// Just above the logarithm of the smallest normal number.
+    const LOWEST: f32 = -87.336_54;
     const MAGIC: f32 = 12_582_912.0; // 1.5 · 2²³: adding and subtracting it rounds to an integer
-    let clamped = x.at_least(-104.0).at_most(89.0);
+    let clamped = x.at_least(LOWEST).at_most(89.0);
     let n = (clamped * std::f32::consts::LOG2_E + MAGIC) - MAGIC;
     let r = clamped - n * 0.693_359_375;
     let r = r - n * -2.121_944_4e-4;
@@ -124,11 +134,11 @@ pub fn exp<L: Lane>(x: L) -> L {
     p = p * r + 1.666_666_5e-1;
     p = p * r + 5.000_000_1e-1;
     let value = p * r * r + r + 1.0;
-    // 2ⁿ in two factors, so that neither leaves the range of exponents.
-    let half = ((n * 0.5 + MAGIC) - MAGIC).at_least(-126.0).at_most(127.0);
-    let result = value * half.power_of_two() * (n - half).power_of_two();
+    // 2ⁿ in two factors: 2¹²⁸ is no number.
+    let most = n.at_most(127.0);
+    let result = value * most.power_of_two() * (n - most).power_of_two();
     // The bounds drop NaN: bring it back.
-    x.if_nan(x, result)
+    x.if_nan(x, x.if_less(LOWEST, x.constant(0.0), result))
 }
 
 /// ln x; −∞ at 0, NaN below (Cephes).
@@ -221,6 +231,14 @@ mod tests {
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(0.0), 1.0);
         assert_eq!(exp(100.0), f32::INFINITY);
+        assert!(exp(-87.33).is_normal() && exp(88.72) > 3e38);
+        // No result is subnormal, and little is lost.
+        let mut x = -87.0f32;
+        while x > -104.0 {
+            assert!(exp(x) == 0.0 || exp(x).is_normal(), "{x}");
+            x = x.next_down();
+        }
+        assert_eq!(exp(-87.34), 0.0);
         assert_eq!(ln(0.0), f32::NEG_INFINITY);
         assert_eq!(ln(1.0), 0.0);
         assert!((f64::from(ln(1e-42)) - f64::from(1e-42f32).ln()).abs() < 1e-4);

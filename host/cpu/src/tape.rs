@@ -82,6 +82,16 @@ pub unsafe fn unary_identity(a: Arg, out: *mut f32, n: usize) {
     unsafe { map1(a, out, n, |x| x) }
 }
 
+/// Copies, or fills, with 0 for what is subnormal.
+///
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+pub unsafe fn keep(a: Arg, out: *mut f32, n: usize) {
+    // SAFETY: the caller's promise is passed on.
+    unsafe { map1(a, out, n, math::without_subnormals) }
+}
+
 /// Stores floats as integers, towards zero.
 ///
 /// # Safety

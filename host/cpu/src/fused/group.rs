@@ -3,6 +3,7 @@
 use super::schedule::Action;
 use super::tile::{Tile, Worker};
 use super::{Program, Run, Slot, Source};
+use crate::math::without_subnormals;
 use crate::native::{self, Loop, MAX_POINTERS, Operation, Output, Predicate, Recorded, Recorder, Sink};
 use clip_host_compiler::kernel::{Element, Fused, Instr, Pattern, Rank, Reg, Store};
 use clip_host_compiler::lower::operands;
@@ -236,6 +237,7 @@ impl<'a> Body<'a> {
                 (_, Element::Bf16) if out.streamed => (Sink::StreamHalf, Pointer::Output(number), value.narrowed()),
                 (_, Element::Bf16) => (Sink::Half, Pointer::Output(number), value.narrowed()),
                 _ if out.streamed => (Sink::Stream, Pointer::Output(number), value),
+                _ if out.is_leaf() => (Sink::Full, Pointer::Output(number), without_subnormals(value)),
                 _ => (Sink::Full, Pointer::Output(number), value),
             };
             outputs.push(Output { sink, pointer: self.pointer(pointer), value: value.id() });

@@ -75,13 +75,12 @@ impl Program {
         self.partials = vec![0.0; partial];
     }
 
-    /// Whether a result is written past the caches: if it is large, and its lines are not read, and so cached, just before
-    /// because it replaces an operand.
+    /// Whether a result is written past the caches: if it is large, and no leaf, whose lines are read, and so cached, just
+    /// before.
     fn is_streamed(&self, kernel: &Fused, output: &Output, place: &impl Fn(NodeId) -> Address) -> bool {
         let bytes = self.rows * self.cols * output.dtype.bytes();
         let to = place(output.target);
-        let in_place = kernel.inputs.iter().map(|i| place(i.source)).any(|from| from.block == to.block && to.block > 0);
         let is_full = output.store == Store::Each && kernel.code[output.value].1 == Rank::Full;
-        is_full && output.dtype != Element::I32 && bytes >= STREAM && !in_place
+        is_full && output.dtype != Element::I32 && bytes >= STREAM && to.block == 0
     }
 }

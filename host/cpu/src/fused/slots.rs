@@ -73,7 +73,7 @@ impl Program {
                 alive
             });
             let direct_output = self.outs.iter().position(|o| {
-                o.value == reg && o.store == Store::Each && o.element == Element::F32 && !o.streamed && !replaces(o)
+                o.value == reg && o.store == Store::Each && o.element == Element::F32 && !o.streamed && !o.is_leaf()
             });
             let (once, in_memory) = match instr {
                 Instr::Load(_) if in_group(reg) => (false, false),

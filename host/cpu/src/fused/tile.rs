@@ -276,6 +276,9 @@ impl Program {
                             Element::Bf16 if out.streamed => {
                                 (self.loops.stream_half)(value, memory.at::<bf16>(out.address).add(start), n);
                             }
+                            Element::F32 if out.is_leaf() => {
+                                (self.loops.keep)(value, memory.at::<f32>(out.address).add(start), n);
+                            }
                             Element::F32 => {
                                 (self.loops.unary_identity)(value, memory.at::<f32>(out.address).add(start), n)
                             }
