@@ -464,8 +464,8 @@ unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, see
                     }
                     Op::Pad { before, value, .. } => {
                         let out = single(op, out)?;
-                        out.fill(*value as f32);
-                        place_block(input(0), &sizes(view(0)), shape, before, out);
+                        kernels::fill(pool, out, *value as f32);
+                        kernels::place_block(pool, input(0), &sizes(view(0)), ElementsMut::F32(out), shape, before);
                     }
                     Op::Concat { axis } => {
                         let out = single(op, out)?;
@@ -473,7 +473,8 @@ unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, see
                         for (i, source) in inputs.iter().enumerate() {
                             // Parts that were computed in place are there already.
                             if !(in_place[i] && shape[..*axis].iter().all(|&d| d == 1)) {
-                                place_block(input(i), &sizes(&source.view), shape, &before, out);
+                                let out = ElementsMut::F32(out);
+                                kernels::place_block(pool, input(i), &sizes(&source.view), out, shape, &before);
                             }
                             before[*axis] += source.view.dims[*axis].0;
                         }
@@ -541,38 +542,6 @@ fn single<'m>(op: &Op, out: ElementsMut<'m>) -> Result<&'m mut [f32], ExecuteErr
 
 fn unsupported(op: &Op, element: Element) -> ExecuteError {
     ExecuteError::Unsupported { op: op.name(), layout: element.name().into() }
-}
-
-/// Copies a block into a larger tensor at an offset, row by row.
-fn place_block(from: Elements, sizes: &[usize], into: &[usize], at: &[usize], out: &mut [f32]) {
-    match from {
-        Elements::F32(from) => place_rows(from, sizes, into, at, |from, at| {
-            out[at..at + from.len()].copy_from_slice(from);
-        }),
-        Elements::Bf16(from) => place_rows(from, sizes, into, at, |from, at| {
-            out[at..].iter_mut().zip(from).for_each(|(out, &value)| *out = widened(value));
-        }),
-    }
-}
-
-/// Calls `put` with each row of a block and where it begins in the larger tensor.
-fn place_rows<T>(from: &[T], sizes: &[usize], into: &[usize], at: &[usize], mut put: impl FnMut(&[T], usize)) {
-    let Some(&row) = sizes.last() else {
-        return put(from, 0);
-    };
-    let outer = sizes.len() - 1;
-    let mut strides = vec![1; into.len()];
-    for d in (1..into.len()).rev() {
-        strides[d - 1] = strides[d] * into[d];
-    }
-    for (index, chunk) in from.chunks_exact(row.max(1)).enumerate() {
-        let (mut left, mut offset) = (index, at[outer]);
-        for d in (0..outer).rev() {
-            offset += (left % sizes[d] + at[d]) * strides[d];
-            left /= sizes[d];
-        }
-        put(chunk, offset);
-    }
 }
 
 /// A batched product over strided operands.

@@ -209,6 +209,75 @@ fn narrow_rows<D: Element>(rows: &[f32], out: SharedMut<'_, D>, start: usize, st
 }
 }
 
+/// Copies a block of shape `sizes` into a larger array of shape `into`, where it begins at `at`. The rest of `out` stays as
+/// it is.
+///
+/// # Panics
+/// If the three have different lengths, the block reaches out of the array, or a slice has another length than its shape
+/// says: the caller's invariants, checked once.
+pub fn place_block(pool: &ThreadPool, from: Elements, sizes: &[usize], out: ElementsMut, into: &[usize], at: &[usize]) {
+    use {Elements as From, ElementsMut as To};
+    match (from, out) {
+        (From::F32(from), To::F32(out)) => place(pool, from, sizes, out, into, at),
+        (From::F32(from), To::Bf16(out)) => place(pool, from, sizes, out, into, at),
+        (From::Bf16(from), To::F32(out)) => place(pool, from, sizes, out, into, at),
+        (From::Bf16(from), To::Bf16(out)) => place(pool, from, sizes, out, into, at),
+    }
+}
+
+fn place<S: Element, D: Element>(
+    pool: &ThreadPool,
+    from: &[S],
+    sizes: &[usize],
+    out: &mut [D],
+    into: &[usize],
+    at: &[usize],
+) {
+    let fits = sizes.len() == into.len()
+        && at.len() == into.len()
+        && sizes.iter().zip(at).zip(into).all(|((size, at), into)| at + size <= *into);
+    assert!(fits, "place: a block {sizes:?} at {at:?} does not fit into {into:?}");
+    let (total, all) = (sizes.iter().product::<usize>(), into.iter().product::<usize>());
+    if total == 0 {
+        return;
+    }
+    assert!(
+        from.len() == total && out.len() == all,
+        "place: {} and {} elements, expected {total} and {all}",
+        from.len(),
+        out.len()
+    );
+    // Whole inner dimensions are one run.
+    let whole = sizes.iter().zip(into).rev().take_while(|(size, into)| size == into).count();
+    let outer = sizes.len().saturating_sub(whole + 1);
+    let run: usize = sizes[outer..].iter().product();
+    let inner: usize = into[(outer + 1).min(into.len())..].iter().product();
+    let first = at.get(outer).map_or(0, |at| at * inner);
+    let length: usize = into[outer..].iter().product();
+    let start_of = |mut index: usize| {
+        let (mut start, mut stride) = (first, length);
+        for dim in (0..outer).rev() {
+            start += (index % sizes[dim] + at[dim]) * stride;
+            index /= sizes[dim];
+            stride *= into[dim];
+        }
+        start
+    };
+    let out = SharedMut::new(out);
+    let (pieces, runs_per_task) = (run.div_ceil(TASK), (TASK / run).max(1));
+    let runs = total / run;
+    pool.run(runs.div_ceil(runs_per_task) * pieces, &|task, _| {
+        let (group, piece) = (task / pieces, task % pieces);
+        let skipped = piece * TASK;
+        let len = TASK.min(run - skipped);
+        for index in group * runs_per_task..runs.min((group + 1) * runs_per_task) {
+            // SAFETY: each task has its own runs, or its own piece of one.
+            let out = unsafe { out.slice(start_of(index) + skipped, len) };
+            convert(pool.isa(), &from[index * run + skipped..][..len], out);
+        }
+    });
+}
+
 /// `out = value`, by all threads.
 pub fn fill(pool: &ThreadPool, out: &mut [f32], value: f32) {
     let (len, out) = (out.len(), SharedMut::new(out));
@@ -222,6 +291,37 @@ pub fn fill(pool: &ThreadPool, out: &mut [f32], value: f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blocks_are_placed_where_they_belong() {
+        let pools = [1, 3].map(ThreadPool::new);
+        for (sizes, into, at) in [
+            (&[3, 4][..], &[5, 9][..], &[1, 2][..]),
+            (&[2, 3, 4], &[2, 5, 4], &[0, 2, 0]),
+            (&[1, 7, 5, 2], &[3, 7, 5, 2], &[2, 0, 0, 0]),
+            (&[2, 3, 1, 5], &[2, 3, 4, 5], &[0, 0, 3, 0]),
+            (&[40_000], &[50_000], &[7_000]),
+            (&[], &[], &[]),
+            (&[0, 3], &[2, 3], &[1, 0]),
+        ] {
+            let from: Vec<f32> = (0..sizes.iter().product()).map(|i| i as f32).collect();
+            let mut expected = vec![-1.0f32; into.iter().product()];
+            for (index, value) in from.iter().enumerate() {
+                let (mut left, mut offset, mut stride) = (index, 0, 1);
+                for dim in (0..sizes.len()).rev() {
+                    offset += (left % sizes[dim] + at[dim]) * stride;
+                    left /= sizes[dim];
+                    stride *= into[dim];
+                }
+                expected[offset] = *value;
+            }
+            for pool in &pools {
+                let mut out = vec![-1.0f32; expected.len()];
+                place_block(pool, Elements::F32(&from), sizes, ElementsMut::F32(&mut out), into, at);
+                assert_eq!(out, expected, "{sizes:?} into {into:?} at {at:?}");
+            }
+        }
+    }
 
     #[test]
     fn neighbouring_dimensions_are_joined() {
