@@ -16,13 +16,34 @@ pub use record::{Operation, Recorded, Recorder, has_binary, has_unary};
 
 use clip_host_cpu_kernels::Isa;
 use memmap2::{Mmap, MmapMut};
+use std::sync::OnceLock;
 
 /// Pointers of a loop at most.
 pub const MAX_POINTERS: usize = 48;
 
-/// Whether loops can be compiled for an instruction set.
+/// Whether loops can be compiled for an instruction set, on this system.
 pub fn is_supported(isa: Isa) -> bool {
-    cfg!(target_arch = "x86_64") && matches!(isa, Isa::Avx512 | Isa::Avx512Bf16)
+    static CAN_MAKE_CODE: OnceLock<bool> = OnceLock::new();
+    let can_make_code = || {
+        let made = executable(&[0xc3]);
+        if let Err(error) = &made {
+            tracing::warn!(
+                "fused kernels are interpreted, at about half their speed: the system lets no memory become code ({error}); \
+                 hint: systemd's MemoryDenyWriteExecute, SELinux's execmem and prctl's PR_SET_MDWE do that"
+            );
+        }
+        made.is_ok()
+    };
+    cfg!(target_arch = "x86_64")
+        && matches!(isa, Isa::Avx512 | Isa::Avx512Bf16)
+        && *CAN_MAKE_CODE.get_or_init(can_make_code)
+}
+
+/// Memory that holds this code, and can no longer be written.
+fn executable(code: &[u8]) -> std::io::Result<Mmap> {
+    let mut mapping = MmapMut::map_anon(code.len())?;
+    mapping[..code.len()].copy_from_slice(code);
+    mapping.make_exec()
 }
 
 /// A compiled loop over rows and columns.
@@ -38,9 +59,7 @@ impl Loop {
             return None;
         }
         let code = emit::emit(list, outputs, ahead)?;
-        let mut mapping = MmapMut::map_anon(code.len()).ok()?;
-        mapping[..code.len()].copy_from_slice(&code);
-        Some(Loop { code: mapping.make_exec().ok()? })
+        Some(Loop { code: executable(&code).ok()? })
     }
 
     /// Runs the loop over `rows` rows of `columns` columns that follow each other.
