@@ -21,6 +21,12 @@ pub struct Cli {
 pub enum Command {
     /// Train what a recipe says, into a run folder.
     Run(RunArgs),
+    /// Run all combinations of a recipe's `grid`, and compare them in a table.
+    ///
+    /// Each cell is a run like any other, in its own folder runs/<recipe>/<values' names>. Cells that are finished are
+    /// skipped, those that were stopped go on, a failed one does not keep the others from running: the same command,
+    /// given again, does what is left. Several processes may share a grid.
+    Grid(GridArgs),
     /// Find everything that can be known wrong with a recipe before training.
     Check(CheckArgs),
     /// Show what a recipe's training step compiles to: kernels, costs, memory.
@@ -80,6 +86,44 @@ pub struct RunArgs {
     /// Print one JSON object on stdout; progress goes to stderr.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct GridArgs {
+    /// The recipe, with a `grid`.
+    pub recipe: PathBuf,
+    /// Override a setting of all cells, or an axis: `--set 'grid.seed=[0,1,2]'`; may be repeated.
+    #[arg(long = "set", value_name = "PATH.TO.KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// Only cells of this name, in which `*` stands for any text; may be repeated.
+    #[arg(long, value_name = "PATTERN")]
+    pub cell: Vec<String>,
+    /// Folder of the cells' run folders [default: runs/<recipe>].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// How the table is printed. Progress goes to stderr.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub format: TableFormat,
+    /// Run nothing: check all cells, and print what would be done with each.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Run nothing: print the table of what is there.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub table_only: bool,
+    /// Start cells again whose recipe is another one than that of their run folder, which is kept under another name.
+    #[arg(long, conflicts_with = "table_only")]
+    pub restart: bool,
+}
+
+/// Forms of a grid's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TableFormat {
+    /// Columns aligned by spaces; percent.
+    Text,
+    /// A table of GitHub's Markdown, the best figures bold; percent.
+    Markdown,
+    /// One line for each run, seeds not averaged; fractions under the names of the metrics.
+    Csv,
 }
 
 #[derive(Debug, Args)]

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<(), CliError> {
     match cli.command {
         Command::Run(args) => commands::run::run(args),
+        Command::Grid(args) => commands::grid::run(&args),
         Command::Check(args) => commands::check::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
         Command::Eval(args) => commands::eval::run(args),

@@ -3,13 +3,18 @@
 use crate::cli::SetArgs;
 use crate::error::CliError;
 use clip_host_data::{DataConfig, DataError};
+use clip_host_plugins::Registry;
 use clip_host_recipe::{Recipe, RecipeErrors};
 use clip_host_train::{Plugins, assemble};
 use std::path::{Path, PathBuf};
 
 /// Loads a recipe with its data section; the recipe returned has that section's defaults written out.
 pub fn recipe(path: &Path, sets: &[String]) -> Result<(Recipe, DataConfig), RecipeErrors> {
-    let mut recipe = Recipe::load(path, sets)?;
+    resolved(Recipe::load(path, sets)?)
+}
+
+/// The recipe with its data section's defaults written out, and that section.
+pub fn resolved(mut recipe: Recipe) -> Result<(Recipe, DataConfig), RecipeErrors> {
     let data: DataConfig = recipe.section("data")?;
     recipe.resolve_data(&data)?;
     Ok((recipe, data))
@@ -17,13 +22,18 @@ pub fn recipe(path: &Path, sets: &[String]) -> Result<(Recipe, DataConfig), Reci
 
 /// The recipe's plugins; all that is wrong with them at once.
 pub fn plugins(recipe: &Recipe) -> Result<Plugins, CliError> {
+    Ok(plugins_of(recipe, &assemble::registry(recipe))?)
+}
+
+/// As [`plugins`], from a registry that was scanned before.
+pub fn plugins_of(recipe: &Recipe, registry: &Registry) -> Result<Plugins, RecipeErrors> {
     let errors = assemble::check_backend(recipe);
-    match Plugins::choose(recipe, &assemble::registry(recipe)) {
+    match Plugins::choose(recipe, registry) {
         Ok(plugins) if errors.is_empty() => Ok(plugins),
-        Ok(_) => Err(RecipeErrors(errors).into()),
+        Ok(_) => Err(RecipeErrors(errors)),
         Err(mut found) => {
             found.extend(errors);
-            Err(RecipeErrors(found).into())
+            Err(RecipeErrors(found))
         }
     }
 }

@@ -20,12 +20,17 @@ pub(crate) struct Found {
 ///
 /// serde stops at its first error. So the part that was wrong is left out and the reading begins again, until nothing new
 /// turns up; errors that only follow from a part left out are dropped. `path` is where `value` stands in the recipe.
-pub(crate) fn deserialize_all<T: DeserializeOwned>(value: &Value, path: &KeyPath) -> Result<T, Vec<Found>> {
-    let mut skip = HashSet::new();
+/// Sources from number `overrides` on are `--set`s, in which the shell has eaten the quotes around texts.
+pub(crate) fn deserialize_all<T: DeserializeOwned>(
+    value: &Value,
+    path: &KeyPath,
+    overrides: usize,
+) -> Result<T, Vec<Found>> {
+    let mut round = Round { skip: HashSet::new(), overrides };
     let mut found: Vec<Found> = Vec::new();
     let mut proposed: HashSet<KeyPath> = HashSet::new();
     loop {
-        let error = match T::deserialize(De::new(value, &skip)) {
+        let error = match T::deserialize(De::new(value, &round)) {
             Ok(read) if found.is_empty() => return Ok(read),
             Ok(_) => return Err(found),
             Err(error) => *error.0,
@@ -36,9 +41,9 @@ pub(crate) fn deserialize_all<T: DeserializeOwned>(value: &Value, path: &KeyPath
         let follows = match error.what {
             What::Follows => true,
             // A key that is misspelt elsewhere in its section, or whose value was wrong.
-            What::Missing => proposed.contains(&here) || value.get(&here).is_some_and(|v| skip.contains(&v.span)),
+            What::Missing => proposed.contains(&here) || value.get(&here).is_some_and(|v| round.skip.contains(&v.span)),
             What::Length => {
-                value.get(&here).is_some_and(|v| v.children().iter().any(|child| skip.contains(&child.span)))
+                value.get(&here).is_some_and(|v| v.children().iter().any(|child| round.skip.contains(&child.span)))
             }
             What::Unknown { near } => {
                 if let (Some(near), [parent @ .., _]) = (near, here.0.as_slice()) {
@@ -52,7 +57,7 @@ pub(crate) fn deserialize_all<T: DeserializeOwned>(value: &Value, path: &KeyPath
             found.push(Found { span: at, path: path.join(&here), message: error.message, hint: error.hint });
         }
         // Each round leaves out one more part; the whole is the last.
-        if poison == value.span || !skip.insert(poison) {
+        if poison == value.span || !round.skip.insert(poison) {
             return Err(found);
         }
     }
@@ -200,27 +205,34 @@ impl de::Error for DeError {
     }
 }
 
+/// What holds for one reading of the whole.
+struct Round {
+    /// Values left out of it.
+    skip: HashSet<Span>,
+    /// Number of the first source that is an override.
+    overrides: usize,
+}
+
 /// A deserializer over one value.
 #[derive(Clone, Copy)]
 struct De<'v> {
     value: &'v Value,
-    /// Values left out of this round.
-    skip: &'v HashSet<Span>,
+    round: &'v Round,
     /// The name of a named struct or tuple has been read already.
     unnamed: bool,
 }
 
 impl<'v> De<'v> {
-    fn new(value: &'v Value, skip: &'v HashSet<Span>) -> Self {
-        De { value, skip, unnamed: false }
+    fn new(value: &'v Value, round: &'v Round) -> Self {
+        De { value, round, unnamed: false }
     }
 
     fn inner(self, value: &'v Value) -> Self {
-        De::new(value, self.skip)
+        De::new(value, self.round)
     }
 
     fn left_out(self, value: &Value) -> bool {
-        self.skip.contains(&value.span)
+        self.round.skip.contains(&value.span)
     }
 
     /// Runs `read`, and says that its error is about this value.
@@ -289,7 +301,7 @@ impl<'v> De<'v> {
             Kind::String(text) => visitor.visit_str(text),
             Kind::Char(c) => visitor.visit_char(*c),
             // In an override the shell has eaten the quotes.
-            Kind::Name(name) if self.value.span.source > 0 => visitor.visit_str(name),
+            Kind::Name(name) if self.value.span.source >= self.round.overrides => visitor.visit_str(name),
             _ => Err(DeError::expected(&plain(&visitor))),
         }
     }

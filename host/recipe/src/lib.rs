@@ -1,11 +1,13 @@
 //! Recipes: one RON file says everything about a run.
 //!
 //! ```text
-//! file ──▶ parse ──▶ values that know their place ──▶ --set overrides ──▶ typed sections ──▶ Recipe
+//! file ──▶ parse ──▶ include ──▶ values that know their place ──▶ --set overrides ──▶ typed sections ──▶ Recipe
 //! ```
 //!
 //! - [`Recipe::load`] reads a file and applies overrides; it reports *all* that is wrong, each with line, column, key
 //!   path, and the nearest valid name.
+//! - `include: "base.ron"` takes another recipe's settings for all that a recipe does not say itself (`include.rs`).
+//! - [`Grid::load`] reads a recipe with a `grid`: a recipe for each combination of its values.
 //! - Sections that others define (`data`, each plugin's `config`) are kept as values with places: [`Recipe::section`]
 //!   reads one as any serde type, [`Recipe::error_at`] shows a plugin's complaint where the setting is written.
 //! - [`Recipe::to_ron`] writes the resolved recipe into the run folder.
@@ -17,8 +19,11 @@
 //! leniently what `ron` has extensions for: implicit `Some`, unwrapped newtypes. It refuses byte strings.
 
 mod de;
+mod diff;
 mod encoder;
 mod error;
+mod grid;
+mod include;
 mod optimizer;
 mod parse;
 mod range;
@@ -29,9 +34,11 @@ mod span;
 mod value;
 mod write;
 
+pub use diff::Difference;
 pub use encoder::Encoder;
 pub use error::{RecipeError, RecipeErrors, name_hint, nearest};
-pub use optimizer::{Optimizer, ParamGroup};
+pub use grid::{Axis, Cell, Grid};
+pub use optimizer::{Optimizer, ParamGroup, matches_pattern};
 pub use recipe::{Part, Recipe};
 pub use sections::{Backend, Eval, Model, PluginChoice, Plugins, Precision, Train};
 pub use span::{KeyPath, Location, Segment, Source, Span};

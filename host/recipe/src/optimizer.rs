@@ -127,7 +127,7 @@ impl Optimizer {
 }
 
 /// Whether `name` is `pattern`, in which `*` stands for any text, none included.
-fn matches_pattern(pattern: &str, name: &str) -> bool {
+pub fn matches_pattern(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();
     let Some(mut rest) = name.strip_prefix(first) else {

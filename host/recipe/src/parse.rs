@@ -1,6 +1,7 @@
 //! RON text to a tree of placed values.
 
-use crate::span::Span;
+use crate::error::RecipeError;
+use crate::span::{Source, Span};
 use crate::value::{Field, Kind, Value, is_identifier_part, is_identifier_start};
 
 /// Deepest nesting that is read; deeper text is refused rather than risking the stack.
@@ -16,6 +17,14 @@ pub(crate) struct SyntaxError {
     pub span: Span,
     pub message: String,
     pub hint: Option<String>,
+}
+
+impl SyntaxError {
+    /// The error as it is shown, in the text that it is about.
+    pub(crate) fn placed(self, sources: &[Source]) -> RecipeError {
+        let location = sources.get(self.span.source).map(|source| source.locate(self.span.start, self.span.end));
+        RecipeError { location, path: String::new(), message: self.message, hint: self.hint }
+    }
 }
 
 /// Reads one RON value, which must be all of `text[start..]`.

@@ -1,9 +1,11 @@
 //! A whole recipe: loading, overriding, checking, writing.
 
 use crate::de::{Found, deserialize_all};
+use crate::diff::{self, Difference};
 use crate::error::{RecipeError, RecipeErrors, nearest};
+use crate::include::Tree;
 use crate::optimizer::Optimizer;
-use crate::parse::{SyntaxError, parse};
+use crate::parse::parse;
 use crate::sections::{Backend, Eval, KEYS, Model, PluginChoice, Plugins, Precision, REQUIRED, Top, Train};
 use crate::span::{KeyPath, Location, Segment, Source, Span};
 use crate::value::{Field, Kind, Value};
@@ -40,6 +42,8 @@ pub struct Recipe {
     pub plugins: Plugins,
     root: Value,
     sources: Vec<Source>,
+    /// Number of the first source that is an override.
+    overrides: usize,
 }
 
 /// The part of a setting that an error is about.
@@ -69,68 +73,48 @@ impl PartialEq for Recipe {
 }
 
 impl Recipe {
-    /// Reads the file `path` and applies the overrides `sets`, each `path.to.key=VALUE`, in order.
+    /// Reads the file `path` and what it includes, and applies the overrides `sets`, each `path.to.key=VALUE`, in order.
     ///
     /// # Errors
     /// Everything that can be known wrong without the plugins and without the `data` section's own types (for which see
     /// [`Recipe::section`] and [`Recipe::error_at`]).
     pub fn load(path: impl AsRef<Path>, sets: &[String]) -> Result<Recipe, RecipeErrors> {
-        let path = path.as_ref();
-        let name = path.display().to_string();
-        let plain = |message: String, hint: &str| RecipeError {
-            location: None,
-            path: String::new(),
-            message,
-            hint: Some(hint.to_string()),
-        };
-        let bytes = std::fs::read(path).map_err(|error| {
-            let hint = match error.kind() {
-                std::io::ErrorKind::NotFound => "is the path right, seen from the current folder?",
-                std::io::ErrorKind::IsADirectory => "name a recipe file, not a folder",
-                _ => "can the file be read by this user?",
-            };
-            plain(format!("cannot read the recipe {name}: {error}"), hint)
-        })?;
-        let text = String::from_utf8(bytes).map_err(|error| {
-            let at = error.utf8_error().valid_up_to();
-            let line = error.as_bytes()[..at].iter().filter(|b| **b == b'\n').count() + 1;
-            let message = format!("the recipe {name} is not UTF-8 text (line {line}, byte {at})");
-            plain(message, "a recipe is RON text; save it as UTF-8")
-        })?;
-        Recipe::parse(&name, &text, sets)
+        Recipe::from_tree(Tree::load(path.as_ref())?, sets)
     }
 
-    /// As [`Recipe::load`], from a text that is called `name` in errors.
+    /// As [`Recipe::load`], from a text that is called `name` in errors; what it includes is looked for in the folder of
+    /// `name`.
     ///
     /// # Errors
     /// As [`Recipe::load`].
     pub fn parse(name: &str, text: &str, sets: &[String]) -> Result<Recipe, RecipeErrors> {
-        let mut sources = vec![Source { name: name.to_string(), text: text.to_string() }];
-        sources.extend(sets.iter().map(|set| Source { name: "--set".to_string(), text: set.clone() }));
-        let mut errors = Vec::new();
-        let (mut root, duplicates) = match parse(text, 0, 0) {
-            Ok(parsed) => parsed,
-            Err(error) => return Err(syntax(&sources, error).into()),
-        };
-        errors.extend(duplicates.into_iter().map(|error| syntax(&sources, error)));
-        if !matches!(root.kind, Kind::Struct(..) | Kind::Unit) {
-            let hint = "a recipe looks like (seed: 0, data: (..), model: (..), ..)";
-            return Err(syntax(
-                &sources,
-                SyntaxError {
-                    span: root.span,
-                    message: format!("expected a section `(key: ..)`, got {}", root.describe()),
-                    hint: Some(hint.to_string()),
-                },
-            )
-            .into());
-        }
-        for (i, set) in sets.iter().enumerate() {
-            if let Err(found) = set::apply(&mut root, set, i + 1) {
-                errors.extend(found.into_iter().map(|error| syntax(&sources, error)));
+        Recipe::from_tree(Tree::parse(name, text)?, sets)
+    }
+
+    /// The recipe of a tree, with more overrides.
+    pub(crate) fn from_tree(tree: Tree, sets: &[String]) -> Result<Recipe, RecipeErrors> {
+        let Tree { mut root, mut sources, overrides, mut errors } = tree;
+        for set in sets {
+            let source = sources.len();
+            sources.push(Source::set(set));
+            if let Err(found) = set::apply(&mut root, set, source) {
+                errors.extend(found.into_iter().map(|error| error.placed(&sources)));
             }
         }
-        let top = deserialize_all::<Top>(&root, &KeyPath::default());
+        for (key, message, hint) in [
+            ("include", "an override comes after all files are read", "write `include` in a recipe file"),
+            ("grid", "this recipe is a grid of runs, not one", "`clip-host grid` runs, checks and compares its cells"),
+        ] {
+            if let Some(field) = root.take(key) {
+                errors.push(RecipeError {
+                    location: locate(&sources, field.name_span),
+                    path: key.to_string(),
+                    message: message.to_string(),
+                    hint: Some(hint.to_string()),
+                });
+            }
+        }
+        let top = deserialize_all::<Top>(&root, &KeyPath::default(), overrides);
         let configs = ["model.image_encoder", "model.text_encoder", "loss", "optimizer", "scheduler"];
         for plugin in configs {
             let path = KeyPath::parse(&format!("{plugin}.config")).unwrap_or_default();
@@ -147,7 +131,7 @@ impl Recipe {
         }
         let top = match top {
             Ok(top) if errors.is_empty() => top,
-            Ok(_) => return Err(sorted(errors)),
+            Ok(_) => return Err(sorted(errors, &sources)),
             Err(found) => {
                 errors.extend(found.into_iter().map(|found| placed(&sources, found)));
                 for key in missing_sections(&root) {
@@ -161,7 +145,7 @@ impl Recipe {
                         });
                     }
                 }
-                return Err(sorted(errors));
+                return Err(sorted(errors, &sources));
             }
         };
         Ok(Recipe {
@@ -177,6 +161,7 @@ impl Recipe {
             plugins: top.plugins,
             root,
             sources,
+            overrides,
         })
     }
 
@@ -190,7 +175,7 @@ impl Recipe {
         &self.root
     }
 
-    /// The texts that [`Span::source`] numbers: the file, then the overrides.
+    /// The texts that [`Span::source`] numbers: the file, those that it includes, then the overrides.
     pub fn sources(&self) -> &[Source] {
         &self.sources
     }
@@ -209,8 +194,9 @@ impl Recipe {
         })?;
         let empty = Value { kind: Kind::Unit, span: self.span(&path, Part::Value) };
         let value = self.root.get(&path).unwrap_or(&empty);
-        deserialize_all(value, &path)
-            .map_err(|found| sorted(found.into_iter().map(|found| placed(&self.sources, found)).collect()))
+        deserialize_all(value, &path, self.overrides).map_err(|found| {
+            sorted(found.into_iter().map(|found| placed(&self.sources, found)).collect(), &self.sources)
+        })
     }
 
     /// Where the value at `path` is set; for one that is not set, the nearest section around it.
@@ -275,8 +261,18 @@ impl Recipe {
 
     /// The resolved recipe as RON, defaults written out and overrides applied. It loads to an equal recipe.
     pub fn to_ron(&self) -> String {
+        write::write(&self.to_value())
+    }
+
+    /// Everything in which `other` differs once both are resolved, in the order of the sections. Where and how a setting
+    /// is written does not matter.
+    pub fn differences(&self, other: &Recipe) -> Vec<Difference> {
+        diff::differences(&self.to_value(), &other.to_value())
+    }
+
+    fn to_value(&self) -> Value {
         let data = self.data().cloned();
-        write::write(&Value::section([
+        Value::section([
             ("seed", Value::int(self.seed)),
             ("data", data.unwrap_or(Kind::Unit.into())),
             ("model", self.model.to_value()),
@@ -288,11 +284,11 @@ impl Recipe {
             ("backend", self.backend.to_value()),
             ("precision", self.precision.to_value()),
             ("plugins", self.plugins.to_value()),
-        ]))
+        ])
     }
 }
 
-fn locate(sources: &[Source], span: Span) -> Option<Location> {
+pub(crate) fn locate(sources: &[Source], span: Span) -> Option<Location> {
     sources.get(span.source).map(|source| source.locate(span.start, span.end))
 }
 
@@ -307,10 +303,6 @@ fn missing_sections(root: &Value) -> Vec<&'static str> {
     REQUIRED.iter().copied().filter(|key| !has(key) && !meant(key)).collect()
 }
 
-fn syntax(sources: &[Source], error: SyntaxError) -> RecipeError {
-    RecipeError { location: locate(sources, error.span), path: String::new(), message: error.message, hint: error.hint }
-}
-
 fn placed(sources: &[Source], found: Found) -> RecipeError {
     RecipeError {
         location: locate(sources, found.span),
@@ -320,9 +312,10 @@ fn placed(sources: &[Source], found: Found) -> RecipeError {
     }
 }
 
-/// In the order of the text: the file's errors first, then the overrides'.
-fn sorted(mut errors: Vec<RecipeError>) -> RecipeErrors {
-    errors.sort_by_key(|error| error.location.as_ref().map(|at| (at.source == "--set", at.line, at.column)));
+/// In the order of the texts: the file's errors first, then those of what it includes, then the overrides'.
+pub(crate) fn sorted(mut errors: Vec<RecipeError>, sources: &[Source]) -> RecipeErrors {
+    let number = |name: &str| sources.iter().position(|source| source.name == name);
+    errors.sort_by_key(|error| error.location.as_ref().map(|at| (number(&at.source), at.line, at.column)));
     RecipeErrors(errors)
 }
 

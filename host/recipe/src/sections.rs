@@ -37,6 +37,11 @@ pub(crate) struct Top {
     pub precision: Precision,
     #[serde(default)]
     pub plugins: Plugins,
+    // Gone from a recipe before it is read as this one; here for the names that a misspelt key may stand for.
+    #[serde(default, rename = "include")]
+    pub _include: IgnoredAny,
+    #[serde(default, rename = "grid")]
+    pub _grid: IgnoredAny,
 }
 
 fn constant() -> PluginChoice {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-/// A text that recipe values come from: the recipe file, or one `--set` override.
+/// A text that recipe values come from: the recipe file, a file that it includes, or one `--set` override.
 #[derive(Debug, Clone)]
 pub struct Source {
     /// What a person calls it: the file's path, or `--set`.
@@ -39,6 +39,11 @@ pub struct Location {
 }
 
 impl Source {
+    /// The source of an override.
+    pub(crate) fn set(text: &str) -> Source {
+        Source { name: "--set".to_string(), text: text.to_string() }
+    }
+
     /// Line, column and line text of a byte range of this source.
     pub fn locate(&self, start: usize, end: usize) -> Location {
         let floor = |mut at: usize| {

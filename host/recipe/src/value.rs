@@ -171,6 +171,17 @@ impl Value {
         path.0.iter().try_fold(self, |value, segment| value.step(segment))
     }
 
+    /// Takes the field `key` out of this section.
+    pub(crate) fn take(&mut self, key: &str) -> Option<Field> {
+        match &mut self.kind {
+            Kind::Struct(_, fields) => {
+                let at = fields.iter().position(|field| field.name == key)?;
+                Some(fields.remove(at))
+            }
+            _ => None,
+        }
+    }
+
     /// Place of the key `key` in this value.
     pub(crate) fn key_span(&self, key: &str) -> Option<Span> {
         match &self.kind {

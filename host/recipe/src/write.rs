@@ -15,6 +15,13 @@ pub(crate) fn write(value: &Value) -> String {
     out
 }
 
+/// The text of `value` on one line.
+pub(crate) fn one_line(value: &Value) -> String {
+    let mut out = String::new();
+    inline(&mut out, value);
+    out
+}
+
 fn name_of(value: &Value) -> &str {
     match &value.kind {
         Kind::Tuple(Some(name), _) | Kind::Struct(Some(name), _) => name,

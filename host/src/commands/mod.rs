@@ -4,6 +4,8 @@ pub mod bench;
 pub mod check;
 pub mod data;
 pub mod eval;
+pub mod grid;
+mod grid_table;
 pub mod peak;
 pub mod plan;
 pub mod plugins;

@@ -5,7 +5,7 @@ use crate::error::CliError;
 use crate::{output, prepare};
 use clip_host_data::{Data, DataConfig, Position};
 use clip_host_recipe::{Part, Recipe};
-use clip_host_train::{Interrupt, Job, Progress, RunFolder, Summary, assemble, run_folder, train};
+use clip_host_train::{Interrupt, Job, Plugins, Progress, RunFolder, Summary, assemble, run_folder, train};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::Write;
 use std::path::Path;
@@ -13,20 +13,7 @@ use std::path::Path;
 pub fn run(args: RunArgs) -> Result<(), CliError> {
     let (recipe, config) = load_recipe(&args)?;
     let plugins = prepare::plugins(&recipe)?;
-    if config.train.is_empty() {
-        let hint = "add a source, as in `train: [Tar(\"*.tar\")]`".to_string();
-        return Err(recipe
-            .error_at("data.train", Part::Value, "expected at least one source, got none", Some(hint))
-            .into());
-    }
-    let data = Data::open(&config, &prepare::base()?)?;
-    warn_of_skipped(&data);
-    // A batch larger than the data is told before there is a folder.
-    data.train_loader(recipe.train.batch_size, recipe.seed, Position::default(), Some(0))?;
-    let dataset_size = data.train.num_images().max(data.train.num_texts());
-    if let Some(error) = assemble::check_groups(&recipe, &plugins.model(&recipe, &config, dataset_size)) {
-        return Err(error.into());
-    }
+    let data = open_data(&recipe, &config, &plugins)?;
     let folder = open_folder(&args, &recipe)?;
     let interrupt = stop_on_signals()?;
 
@@ -38,6 +25,25 @@ pub fn run(args: RunArgs) -> Result<(), CliError> {
     match ended {
         Ok(summary) => report(summary, args.json),
         Err(error) => Err(say_where(error.into(), &run_dir, args.resume.is_none())),
+    }
+}
+
+/// The data of a run; whatever is wrong with it, or with what the recipe says about it, is told before there is a folder.
+pub fn open_data(recipe: &Recipe, config: &DataConfig, plugins: &Plugins) -> Result<Data, CliError> {
+    if config.train.is_empty() {
+        let hint = "add a source, as in `train: [Tar(\"*.tar\")]`".to_string();
+        return Err(recipe
+            .error_at("data.train", Part::Value, "expected at least one source, got none", Some(hint))
+            .into());
+    }
+    let data = Data::open(config, &prepare::base()?)?;
+    warn_of_skipped(&data);
+    // A batch larger than the data is told here too.
+    data.train_loader(recipe.train.batch_size, recipe.seed, Position::default(), Some(0))?;
+    let dataset_size = data.train.num_images().max(data.train.num_texts());
+    match assemble::check_groups(recipe, &plugins.model(recipe, config, dataset_size)) {
+        Some(error) => Err(error.into()),
+        None => Ok(data),
     }
 }
 
@@ -100,7 +106,7 @@ fn warn_of_skipped(data: &Data) {
 }
 
 /// The first Ctrl-C or SIGTERM asks for an orderly end after the step, a second one ends the process at once.
-fn stop_on_signals() -> Result<Interrupt, CliError> {
+pub fn stop_on_signals() -> Result<Interrupt, CliError> {
     let interrupt = Interrupt::default();
     for signal in [SIGINT, SIGTERM] {
         // In this order: the shutdown looks at the flag before the same signal raises it.
@@ -112,7 +118,7 @@ fn stop_on_signals() -> Result<Interrupt, CliError> {
 }
 
 /// A failed run says where its folder is, too. One that failed before its first step leaves none behind.
-fn say_where(error: CliError, run_dir: &Path, new: bool) -> CliError {
+pub fn say_where(error: CliError, run_dir: &Path, new: bool) -> CliError {
     if new && RunFolder::remove_if_unused(run_dir) {
         return error;
     }

@@ -63,6 +63,22 @@ impl Metrics {
     }
 }
 
+/// Seconds that the steps and evaluations of a log took, over all starts of its run. Compilation and checkpoints are not
+/// in it.
+pub fn seconds(lines: &[Map<String, Value>]) -> f64 {
+    let mut logged = 0;
+    let mut seconds = 0.0;
+    for line in lines {
+        let number = |name: &str| line.get(name).and_then(Value::as_f64);
+        if let (Some(step), Some(each)) = (line.get("step").and_then(Value::as_u64), number("train/batch_time")) {
+            seconds += each * step.saturating_sub(logged) as f64;
+            logged = step;
+        }
+        seconds += number("eval/seconds").unwrap_or(0.0);
+    }
+    seconds
+}
+
 /// All lines of a file, for reports. Lines that are no JSON objects are left out.
 ///
 /// # Errors
@@ -121,6 +137,21 @@ mod tests {
         drop(Metrics::open(&broken, 0).unwrap());
         assert_eq!(fs::read(&broken).unwrap(), b"");
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn seconds_are_those_of_steps_and_evaluations() {
+        let line = |step: u64, name: &str, value: f64| {
+            Map::from_iter([("step".to_string(), step.into()), (name.to_string(), value.into())])
+        };
+        let lines = [
+            line(2, "train/batch_time", 0.5),
+            line(6, "train/batch_time", 0.25),
+            line(6, "eval/seconds", 3.0),
+            line(7, "train/batch_time", 2.0),
+        ];
+        assert_eq!(seconds(&lines), 1.0 + 1.0 + 3.0 + 2.0);
+        assert_eq!(seconds(&[]), 0.0);
     }
 
     #[test]

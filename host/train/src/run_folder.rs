@@ -9,6 +9,7 @@
 //!   checkpoints/     step-0000000123.safetensors
 //!   report.html      curves
 //!   weights/         image_encoder.safetensors, text_encoder.safetensors, heads.safetensors, at the end
+//!   summary.json     how the run ended; there only while the run is complete
 //! ```
 //!
 //! A folder is never overwritten: a new run wants a new or empty one, `--resume` goes on in an old one.
@@ -16,6 +17,7 @@
 use crate::atomic;
 use crate::error::{Result, TrainError, io_error};
 use crate::tensorboard;
+use crate::train_loop::Summary;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Write};
@@ -49,6 +51,7 @@ const LOCK: &str = ".lock";
 const RECIPE: &str = "recipe.ron";
 const PLUGINS: &str = "plugins.json";
 const METRICS: &str = "metrics.jsonl";
+const SUMMARY: &str = "summary.json";
 
 impl RunFolder {
     /// Makes the folder of a new run: `out`, or else `runs/<recipe's name>-<date and time>`. `recipe` is the resolved
@@ -159,6 +162,27 @@ impl RunFolder {
         Ok(changed)
     }
 
+    /// Records how a complete run ended: the last file that it writes.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`].
+    pub fn write_summary(&self, summary: &Summary) -> Result<()> {
+        let text = serde_json::to_string_pretty(summary).map_err(|e| TrainError::Bug(e.to_string()))?;
+        atomic::write(&self.path.join(SUMMARY), |file| writeln!(file, "{text}"))
+    }
+
+    /// Takes the record away from a run that goes on, which is not complete then.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`].
+    pub fn remove_summary(&self) -> Result<()> {
+        let path = self.path.join(SUMMARY);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(io_error("remove", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
@@ -171,7 +195,7 @@ impl RunFolder {
 
     /// Where the metrics are.
     pub fn metrics(&self) -> PathBuf {
-        self.path.join(METRICS)
+        metrics_of(&self.path)
     }
 
     /// Where the checkpoints are.
@@ -204,6 +228,29 @@ pub fn recipe_of(path: &Path) -> Result<PathBuf> {
         problem: "there is no recipe.ron in it".into(),
         hint: "name the run folder that `clip-host run` named in its last line".into(),
     })
+}
+
+/// How the run in a folder ended; `None` if it is not complete.
+///
+/// # Errors
+/// [`TrainError::Io`]; [`TrainError::NoRun`] if the record is damaged.
+pub fn summary_of(path: &Path) -> Result<Option<Summary>> {
+    let file = path.join(SUMMARY);
+    let bytes = match fs::read(&file) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error("read", &file)(error)),
+    };
+    serde_json::from_slice(&bytes).map(Some).map_err(|error| TrainError::NoRun {
+        path: path.to_path_buf(),
+        problem: format!("its {SUMMARY} cannot be read: {error}"),
+        hint: "remove that file; the run then goes on from its newest checkpoint".into(),
+    })
+}
+
+/// The log of a run folder.
+pub fn metrics_of(path: &Path) -> PathBuf {
+    path.join(METRICS)
 }
 
 /// The folder of checkpoints in a run folder.
@@ -355,6 +402,23 @@ mod tests {
         assert_eq!(make_unique(&dir, "a").unwrap(), dir.join("a"));
         assert_eq!(make_unique(&dir, "a").unwrap(), dir.join("a-2"));
         assert_eq!(make_unique(&dir, "a").unwrap(), dir.join("a-3"));
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_summary_is_there_while_the_run_is_complete() {
+        let dir = folder("summary");
+        let run = RunFolder::create(Some(&dir), Path::new("r.ron"), "()").unwrap();
+        assert_eq!(summary_of(&dir).unwrap(), None);
+        let summary = Summary { steps: 3, metrics: [("mean_recall".into(), 0.1 + 0.2)].into(), ..Summary::default() };
+        run.write_summary(&summary).unwrap();
+        assert_eq!(summary_of(&dir).unwrap(), Some(summary));
+        run.remove_summary().unwrap();
+        run.remove_summary().unwrap();
+        assert_eq!(summary_of(&dir).unwrap(), None);
+        fs::write(dir.join(SUMMARY), "{").unwrap();
+        let error = summary_of(&dir).unwrap_err().to_string();
+        assert!(error.contains("summary.json") && error.contains("hint: remove that file"), "{error}");
         fs::remove_dir_all(dir).unwrap();
     }
 

@@ -15,7 +15,7 @@ use clip_host_data::{Batch, Data, DataError, Loader, Position};
 use clip_host_model::{ModelError, Session, StepInput};
 use clip_host_plugin_api::scheduler;
 use clip_host_recipe::Recipe;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -56,7 +56,7 @@ pub struct Job {
 }
 
 /// How a run ended.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// The run folder.
     pub run_dir: PathBuf,
@@ -134,6 +134,7 @@ impl<'p> Run<'p> {
     /// Compiles the model and puts it where the newest checkpoint says.
     fn start(job: Job, progress: &'p mut Progress) -> Result<Run<'p>> {
         let started = Instant::now();
+        job.folder.remove_summary()?;
         for (old, new) in job.folder.record_plugins(&job.plugins.records())? {
             tracing::warn!(
                 "{} was {} {} ({:.12}…) when this run began, now it is {} {} ({:.12}…): the numbers may differ",
@@ -435,7 +436,9 @@ impl<'p> Run<'p> {
         if let Err(error) = report::write(&self.job.folder) {
             tracing::warn!("no report: {error}");
         }
-        Ok(self.summary(false))
+        let summary = self.summary(false);
+        self.job.folder.write_summary(&summary)?;
+        Ok(summary)
     }
 
     fn summary(&self, interrupted: bool) -> Summary {
