@@ -211,7 +211,7 @@ fn mistakes_are_told_before_anything_runs() {
     // A recipe with a mistake in what it includes.
     folder.write("mine.ron", GRID);
     folder.write("small.ron", RECIPE.replace("batch_size: 8", "batch_size: 1"));
-    let text = run(&folder, &["grid", "mine.ron"]).refused_without_hint(&["small.ron:30:35: train.batch_size"]);
+    let text = run(&folder, &["grid", "mine.ron"]).refused_without_hint(&["small.ron:27:36: train.batch_size"]);
     assert_eq!(text.matches("train.batch_size").count(), 1, "{text}");
     assert!(!folder.join("runs").exists(), "nothing was run");
 }
