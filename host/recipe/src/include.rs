@@ -179,14 +179,14 @@ impl Reader {
 
 /// `over` laid over `base`. Sections are merged key by key; every other value of `over`, lists among them, replaces the
 /// base's, and so does `()`, which empties a section. Where `over` chooses another plugin, what the base says for its own
-/// (`config`, `path`, `sha256`) is gone; an optimizer's `lr`, decay and groups stay.
+/// ([`PLUGINS_OWN`]) is gone; an optimizer's `lr`, decay and groups stay.
 pub(crate) fn merge(base: Value, over: Value) -> Value {
     match (base.kind, over.kind) {
         (Kind::Struct(None, mut below), Kind::Struct(None, above)) => {
             if let (Some(old), Some(new)) = (plugin(&below), plugin(&above))
                 && old != new
             {
-                below.retain(|field| !["config", "path", "sha256"].contains(&field.name.as_str()));
+                below.retain(|field| !PLUGINS_OWN.contains(&field.name.as_str()));
             }
             for field in above {
                 match below.iter().position(|old| old.name == field.name) {
@@ -202,6 +202,9 @@ pub(crate) fn merge(base: Value, over: Value) -> Value {
         (_, kind) => Value { kind, span: over.span },
     }
 }
+
+/// Settings that mean something for one plugin only.
+const PLUGINS_OWN: [&str; 5] = ["config", "path", "sha256", "weights", "weights_sha256"];
 
 /// The plugin that a section chooses, if it is one that does.
 fn plugin(fields: &[Field]) -> Option<&str> {

@@ -8,7 +8,7 @@ const BASE: &str = r#"(
     seed: 7,
     data: (train: ["a.tar", "b.tar"], image_size: 64),
     model: (
-        image_encoder: (plugin: "resnet", config: (preset: "resnet50")),
+        image_encoder: (plugin: "resnet", config: (preset: "resnet50"), weights: "resnet50.safetensors"),
         text_encoder: (plugin: "distilbert", config: (dim: 64, dropout: 0.1)),
         embed_dim: 256,
     ),
@@ -78,8 +78,8 @@ fn sections_are_merged_and_all_else_is_replaced() {
     assert_eq!(recipe.seed, 7);
     assert_eq!(recipe.section::<Vec<String>>("data.train").unwrap(), ["c.tar"]);
     assert_eq!(recipe.section::<usize>("data.image_size").unwrap(), 64);
-    assert_eq!(config(&recipe.model.image_encoder.config), json!({"preset": "resnet50"}));
-    assert_eq!(config(&recipe.model.text_encoder.config), json!({"dim": 32, "dropout": 0.1}));
+    assert_eq!(config(&recipe.model.image_encoder.choice.config), json!({"preset": "resnet50"}));
+    assert_eq!(config(&recipe.model.text_encoder.choice.config), json!({"dim": 32, "dropout": 0.1}));
     let loss = json!({"gamma": 0.9, "rho": 8.0, "new": 1, "text": "bare"});
     assert_eq!((recipe.loss.plugin.as_str(), config(&recipe.loss.config)), ("isogclr", loss));
     assert_eq!((recipe.scheduler.plugin.as_str(), config(&recipe.scheduler.config)), ("cosine", json!({})));
@@ -95,10 +95,12 @@ fn sections_are_merged_and_all_else_is_replaced() {
 #[test]
 fn another_plugin_leaves_the_bases_settings_of_its_own_behind() {
     let own = r#"(include: "base.ron", loss: (plugin: "clip"), optimizer: (plugin: "adamw", config: (amsgrad: true)),
-        scheduler: (plugin: "cosine", config: (warmup: 3)))"#;
+        model: (image_encoder: (plugin: "vit")), scheduler: (plugin: "cosine", config: (warmup: 3)))"#;
     let files = Files::new("plugin", &[("base.ron", BASE), ("own.ron", own)]);
     let recipe = files.load("own.ron", &[]).unwrap();
     assert_eq!((recipe.loss.plugin.as_str(), config(&recipe.loss.config)), ("clip", json!({})));
+    let image = &recipe.model.image_encoder;
+    assert_eq!((config(&image.choice.config), &image.weights), (json!({}), &None));
     assert_eq!(recipe.optimizer.choice.plugin, "adamw");
     assert_eq!(config(&recipe.optimizer.choice.config), json!({"amsgrad": true}));
     assert_eq!((recipe.optimizer.lr, recipe.optimizer.weight_decay), (2e-4, 0.02));
