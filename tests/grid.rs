@@ -189,6 +189,9 @@ fn mistakes_are_told_before_anything_runs() {
     run(&folder, &["grid", "mine.ron", "--set", "train.epochs=0"])
         .refused_without_hint(&["train.epochs", "at least 1"]);
     run(&folder, &["grid", "mine.ron", "--set", "train.epoch=1"]).refused(&["train.epoch", "did you mean `epochs`?"]);
+    let groups = r#"optimizer.groups=[(params: ["nothing.*"], lr: 1e-3)]"#;
+    let text = run(&folder, &["grid", "mine.ron", "--set", groups]).refused(&["optimizer.groups", "nothing.*"]);
+    assert_eq!(text.matches("nothing.*").count(), 2, "once, with the text that it stands in: {text}");
     for command in ["run", "check", "plan"] {
         run(&folder, &[command, "mine.ron"])
             .refused_without_hint(&["mine.ron:3:5: grid: this recipe is a grid of runs"]);
@@ -230,7 +233,7 @@ fn an_interrupted_grid_goes_on() {
     run(&folder, &[&args[..], &["--out", "whole"]].concat()).done();
     let child = command(&folder, &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
     let second = cell(&folder, "clip_slow");
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(120);
     let lines = || std::fs::read_to_string(second.join("metrics.jsonl")).unwrap_or_default().lines().count();
     while lines() < 5 {
         assert!(Instant::now() < deadline, "ten steps of the second cell are not reached");

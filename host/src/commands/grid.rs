@@ -152,7 +152,8 @@ impl Findings {
     }
 }
 
-/// Everything that is wrong with the plugins' settings and the data of cells that are to run, before the first runs.
+/// Everything that is wrong with the plugins' settings, the groups of parameters and the data of cells that are to run,
+/// before the first runs.
 fn check(tasks: &[Task]) -> Result<Findings, CliError> {
     let base = prepare::base()?;
     let mut registry: Option<(&[PathBuf], Registry)> = None;
@@ -164,8 +165,13 @@ fn check(tasks: &[Task]) -> Result<Findings, CliError> {
             Some((known, registry)) if *known == path => registry,
             other => &mut other.insert((path, assemble::registry(recipe))).1,
         };
-        if let Err(errors) = prepare::plugins_of(recipe, registry) {
-            add_new(&mut found.wrong, errors.into_iter().map(|error| error.to_string()));
+        match prepare::plugins_of(recipe, registry) {
+            Ok(plugins) => {
+                // Names of parameters do not depend on the data's size, which is not known yet.
+                let spec = plugins.model(recipe, &task.config, recipe.train.batch_size);
+                add_new(&mut found.wrong, assemble::check_groups(recipe, &spec).map(|error| error.to_string()));
+            }
+            Err(errors) => add_new(&mut found.wrong, errors.into_iter().map(|error| error.to_string())),
         }
         for error in task.config.check(&base) {
             match &error {
