@@ -6,7 +6,7 @@
 
 use clip_host_tests::fixtures::first_party_plugins;
 use clip_host_tests::golden::read_tensors;
-use clip_host_tests::host::{Folder, newest_checkpoint, run, small_run};
+use clip_host_tests::host::{Folder, SMALL_ENCODERS, newest_checkpoint, run, small_run};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Names of all plugins of a kind.
@@ -108,37 +108,12 @@ fn every_mode_of_a_loss_trains() {
 /// Small networks with everything random that they have, on images of 32 pixels and 30 tokens of 400.
 #[test]
 fn every_encoder_trains() {
-    let images = [
-        ("resnet", r#"block: "bottleneck", layers: (1, 1, 1, 1), channels: (4, 4, 4, 4), stem: "deep", stem_width: 4"#),
-        (
-            "vit",
-            "patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2, init_values: 0.1, reg_tokens: 1, pre_norm: true, \
-             patch_drop_rate: 0.5, proj_drop_rate: 0.1, attn_drop_rate: 0.1, drop_path_rate: 0.1",
-        ),
-        ("convnext", "depths: (1, 1, 1, 1), dims: (4, 8, 12, 16), drop_path_rate: 0.1"),
-        (
-            "swin",
-            "patch_size: 2, window_size: 5, embed_dim: 8, depths: (2, 2), num_heads: (2, 4), proj_drop_rate: 0.1, \
-             attn_drop_rate: 0.1, drop_path_rate: 0.1",
-        ),
-        ("mixer", "patch_size: 8, num_blocks: 2, embed_dim: 16, proj_drop_rate: 0.1, drop_path_rate: 0.1"),
-    ];
-    let texts = [
-        ("distilbert", r#"vocab_size: 400, dim: 16, hidden_dim: 32, n_heads: 2, n_layers: 2, pooling: "mean""#),
-        (
-            "bert",
-            "vocab_size: 400, hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_hidden_layers: 2",
-        ),
-        (
-            "clip_text",
-            r#"vocab_size: 400, width: 16, heads: 2, layers: 2, output_dim: 8, quick_gelu: true, pool_type: "last_token""#,
-        ),
-    ];
-    let mut known: Vec<&str> = images.iter().chain(&texts).map(|encoder| encoder.0).collect();
+    let [images, texts] = SMALL_ENCODERS;
+    let mut known: Vec<&str> = images.iter().chain(texts).map(|encoder| encoder.0).collect();
     known.sort_unstable();
     assert_eq!(ids("encoder"), known, "every encoder is tried");
     let mut combinations = Vec::new();
-    for (part, encoders) in [("image_encoder", &images[..]), ("text_encoder", &texts)] {
+    for (part, encoders) in [("image_encoder", images), ("text_encoder", texts)] {
         for (id, config) in encoders {
             for precision in ["F32", "Bf16"] {
                 combinations.push(Combination(vec![

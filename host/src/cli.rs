@@ -183,6 +183,9 @@ pub enum PluginsCommand {
     /// What a plugin says of itself, its settings, and what it builds.
     Inspect(InspectArgs),
     /// Check a plugin library before it is used.
+    ///
+    /// Each check runs in a process of its own, so that a plugin that crashes, hangs or panics fails that check only: what
+    /// it says of itself, shapes, gradients against finite differences, edge cases, determinism, checkpoints.
     Check(PluginsCheckArgs),
 }
 
@@ -218,15 +221,24 @@ pub struct InspectArgs {
 pub struct PluginsCheckArgs {
     /// The library file.
     pub file: PathBuf,
-    /// Seconds after which the plugin is taken to hang.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    /// Settings to check it with, as recipes write them: '(gamma: 0.8)' [default: its own].
+    #[arg(long, value_name = "RON")]
+    pub config: Option<String>,
+    /// Seconds after which the plugin is taken to hang, for each check.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub timeout: u64,
+    /// More libraries, or folders of them, among which its id must be the only one.
+    #[arg(long, value_name = "PATH")]
+    pub path: Vec<PathBuf>,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
-    /// Run the checks in this process: what the parent process starts.
-    #[arg(long, hide = true)]
-    pub in_process: bool,
+    /// Run this check in this process: what the parent process starts.
+    #[arg(long, value_name = "NAME", hide = true)]
+    pub in_process: Option<String>,
+    /// Where the parent process wants the files of its children.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub scratch: Option<PathBuf>,
 }
 
 /// Kinds of plugin.

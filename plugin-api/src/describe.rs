@@ -54,6 +54,9 @@ pub struct Descriptor {
     pub schema: serde_json::Value,
     /// The settings' defaults.
     pub defaults: serde_json::Value,
+    /// [`crate::loss::Loss::HELD_CONSTANT`]; absent in what older plugins say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_constant: Option<String>,
 }
 
 impl Descriptor {
@@ -67,6 +70,7 @@ impl Descriptor {
             ir: crate::ir::IR_VERSION,
             schema: schemars::schema_for!(P::Config).to_value(),
             defaults: serde_json::to_value(P::Config::default()).unwrap_or_default(),
+            held_constant: None,
         }
     }
 }

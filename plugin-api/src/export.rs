@@ -41,6 +41,8 @@ impl Request {
 pub trait Entry {
     type Plugin: Plugin;
     const KIND: Kind;
+    /// [`crate::loss::Loss::HELD_CONSTANT`]; none for other kinds.
+    const HELD_CONSTANT: Option<&'static str> = None;
     fn answer(request: Request) -> Result<String, BuildError>;
 }
 
@@ -94,7 +96,10 @@ pub trait Versioned: Entry {
 }
 
 extern "C" fn describe<V: Versioned>() -> RResult<RString, RString> {
-    guard(|| to_json(&Descriptor::of::<V::Plugin>(V::KIND, V::VERSION)))
+    guard(|| {
+        let descriptor = Descriptor::of::<V::Plugin>(V::KIND, V::VERSION);
+        to_json(&Descriptor { held_constant: V::HELD_CONSTANT.map(Into::into), ..descriptor })
+    })
 }
 
 extern "C" fn answer<E: Entry>(request: RStr<'_>) -> RResult<RString, RString> {
@@ -144,6 +149,7 @@ macro_rules! export_plugin {
             impl $crate::export::Entry for Exported {
                 type Plugin = <$entry as $crate::export::Entry>::Plugin;
                 const KIND: $crate::describe::Kind = <$entry as $crate::export::Entry>::KIND;
+                const HELD_CONSTANT: Option<&'static str> = <$entry as $crate::export::Entry>::HELD_CONSTANT;
                 fn answer(request: $crate::export::Request) -> Result<String, $crate::graph::BuildError> {
                     <$entry as $crate::export::Entry>::answer(request)
                 }

@@ -9,6 +9,10 @@ use std::marker::PhantomData;
 
 /// A loss. Gradients, fusion and devices are the host's matter: the plugin writes the forward formula only.
 pub trait Loss: Plugin {
+    /// What the formula detaches on purpose, in words ("the weights of the pairs"): the gradient that trains is then not
+    /// that of the value, as with weights from moving averages. `plugins check` takes any other difference for a mistake.
+    const HELD_CONSTANT: Option<&'static str> = None;
+
     /// The scalar loss of a batch. Per-sample tables are `graph.state(…, &[inputs.dataset_size], …)`, read with
     /// `gather(inputs.image_ids)` and written with `graph.update(table, table.scatter(inputs.image_ids, rows))`.
     fn build<'g>(config: &Self::Config, graph: &'g Graph, inputs: &LossInputs<'g>) -> Result<Tensor<'g>, BuildError>;
@@ -76,6 +80,7 @@ pub struct LossEntry<L>(PhantomData<L>);
 impl<L: Loss> Entry for LossEntry<L> {
     type Plugin = L;
     const KIND: crate::describe::Kind = crate::describe::Kind::Loss;
+    const HELD_CONSTANT: Option<&'static str> = L::HELD_CONSTANT;
 
     fn answer(request: Request) -> Result<String, BuildError> {
         match request {

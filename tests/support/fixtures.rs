@@ -49,6 +49,15 @@ pub fn library(name: &str) -> PathBuf {
     file
 }
 
+/// The library of a plugin with a planted defect, by the name of its file in `tests/fixtures/plugins/defects`.
+#[allow(dead_code)]
+pub fn defect(name: &str) -> PathBuf {
+    let (prefix, suffix) = (std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    let file = folder().join("examples").join(format!("{prefix}{name}{suffix}"));
+    assert!(file.is_file(), "there is no defect `{name}`: {} is missing", file.display());
+    file
+}
+
 /// Copies the root's Cargo.lock beside the fixtures, so that they get the same versions of everything: type layouts are
 /// part of the boundary. Cargo then drops from the copy what the fixtures do not need.
 fn pin_versions(workspace: &Path) {
@@ -68,7 +77,8 @@ fn pin_versions(workspace: &Path) {
 
 fn build(workspace: &Path, target: &Path, offline: bool) -> (bool, String) {
     let mut cargo = cargo(workspace, target);
-    cargo.arg("--workspace");
+    // The examples are the plugins of `defects`.
+    cargo.args(["--workspace", "--lib", "--examples"]);
     if offline {
         cargo.arg("--offline");
     }

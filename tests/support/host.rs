@@ -169,6 +169,40 @@ pub const RECIPE: &str = r#"(
 )
 "#;
 
+/// An encoder's id and settings.
+pub type Encoder = (&'static str, &'static str);
+
+/// Small encoders with everything random that they have, for images of 32 pixels and for 30 tokens of 400: of each plugin
+/// one.
+pub const SMALL_ENCODERS: [&[Encoder]; 2] = [
+    &[
+        ("resnet", r#"block: "bottleneck", layers: (1, 1, 1, 1), channels: (4, 4, 4, 4), stem: "deep", stem_width: 4"#),
+        (
+            "vit",
+            "patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2, init_values: 0.1, reg_tokens: 1, pre_norm: true, \
+             patch_drop_rate: 0.5, proj_drop_rate: 0.1, attn_drop_rate: 0.1, drop_path_rate: 0.1",
+        ),
+        ("convnext", "depths: (1, 1, 1, 1), dims: (4, 8, 12, 16), drop_path_rate: 0.1"),
+        (
+            "swin",
+            "patch_size: 2, window_size: 5, embed_dim: 8, depths: (2, 2), num_heads: (2, 4), proj_drop_rate: 0.1, \
+             attn_drop_rate: 0.1, drop_path_rate: 0.1",
+        ),
+        ("mixer", "patch_size: 8, num_blocks: 2, embed_dim: 16, proj_drop_rate: 0.1, drop_path_rate: 0.1"),
+    ],
+    &[
+        ("distilbert", r#"vocab_size: 400, dim: 16, hidden_dim: 32, n_heads: 2, n_layers: 2, pooling: "mean""#),
+        (
+            "bert",
+            "vocab_size: 400, hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_hidden_layers: 2",
+        ),
+        (
+            "clip_text",
+            r#"vocab_size: 400, width: 16, heads: 2, layers: 2, output_dim: 8, quick_gelu: true, pool_type: "last_token""#,
+        ),
+    ],
+];
+
 /// A folder with [`RECIPE`] as `small.ron` and its data: 64 training pairs in two shards, 16 held-out pairs.
 pub fn small_run(name: &str) -> Folder {
     let folder = Folder::new(name);

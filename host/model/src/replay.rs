@@ -86,18 +86,21 @@ fn shape<const N: usize>(name: &str, tensor: &Tensor) -> Result<[usize; N], Mode
         .map_err(|got| ModelError::Replay(format!("`{name}`: expected {N} dimensions, got {got:?}")))
 }
 
-/// A compiled fragment with gradients.
-struct Compiled {
+/// A fragment by itself, compiled for the CPU with gradients; all its numbers are f32, as in training.
+pub struct Compiled {
     executor: Executor,
     store: Store,
-    /// Persistent leaves by name.
+    /// Persistent leaves: name, shape, how the first values are drawn, whether it is a parameter.
     leaves: Vec<(String, Vec<usize>, Init, bool)>,
 }
 
 impl Compiled {
-    /// Compiles the fragment's outputs, and the gradients of `seeds` (output, cotangent input or none) with respect to
-    /// the leaves that `wrt` picks, as `grad.<leaf>`.
-    fn new(fragment: &Fragment, seeds: &[(String, Option<String>)], wrt: &[String]) -> Result<Self, ModelError> {
+    /// Compiles the fragment's outputs and metrics, and the gradients of `seeds` (output, cotangent input or none) with
+    /// respect to the leaves that `wrt` picks, as outputs `grad.<leaf>`. Parameters and states get their first values.
+    ///
+    /// # Errors
+    /// What the compiler refuses; [`ModelError::Replay`] if there is no such output.
+    pub fn new(fragment: &Fragment, seeds: &[(String, Option<String>)], wrt: &[String]) -> Result<Self, ModelError> {
         let mut program = Program::default();
         let spliced = program.splice(fragment, "replay", &HashMap::new(), |_, name| name.to_string())?;
         let projected: HashMap<NodeId, NodeId> = fragment.projections.iter().copied().collect();
@@ -181,7 +184,11 @@ impl Compiled {
         Ok(Compiled { executor, store, leaves })
     }
 
-    fn set(&mut self, name: &str, values: &[f64]) -> Result<(), ModelError> {
+    /// Sets an f32 input, a parameter or a state.
+    ///
+    /// # Errors
+    /// [`ModelError::TensorSize`], [`ModelError::Execute`] for values of another number. A name that is not there is none.
+    pub fn set(&mut self, name: &str, values: &[f64]) -> Result<(), ModelError> {
         if let Some(stored) = self.store.get_mut(name) {
             if stored.len() != values.len() {
                 let (expected, got) = (format!("{} elements", stored.len()), format!("{}", values.len()));
@@ -193,16 +200,32 @@ impl Compiled {
         Ok(self.executor.set_f32(name, &values.iter().map(|&v| v as f32).collect::<Vec<_>>())?)
     }
 
-    fn set_ids(&mut self, name: &str, values: &[f64]) -> Result<(), ModelError> {
+    /// Sets an i32 input.
+    ///
+    /// # Errors
+    /// As [`Compiled::set`].
+    pub fn set_ids(&mut self, name: &str, values: &[f64]) -> Result<(), ModelError> {
         Ok(self.executor.set_i32(name, &values.iter().map(|&v| v as i32).collect::<Vec<_>>())?)
     }
 
-    fn run(&mut self, seed: u64) -> Result<(), ModelError> {
+    /// One step: outputs, then the states' updates. `seed` is that of the random ops.
+    ///
+    /// # Errors
+    /// What the executor refuses, an id outside its table for one.
+    pub fn run(&mut self, seed: u64) -> Result<(), ModelError> {
         Ok(self.executor.run(&mut self.store, seed)?)
     }
 
-    fn get(&self, output: &str) -> Option<Vec<f32>> {
+    /// An output, metric or gradient of the last step.
+    pub fn get(&self, output: &str) -> Option<Vec<f32>> {
         self.executor.output(&self.store, output)
+    }
+
+    /// Parameters and states as they are: name, shape, values.
+    pub fn kept(&self) -> impl Iterator<Item = (&str, &[usize], &[f32])> {
+        self.leaves
+            .iter()
+            .filter_map(|(name, shape, ..)| Some((name.as_str(), shape.as_slice(), self.store.get(name)?)))
     }
 }
 

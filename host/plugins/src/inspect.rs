@@ -234,6 +234,7 @@ pub fn json(plugin: &Plugin, config: Option<&Value>) -> Value {
         "id": descriptor.id,
         "version": descriptor.version,
         "doc": descriptor.doc,
+        "held_constant": descriptor.held_constant,
         "abi": descriptor.abi,
         "ir": descriptor.ir,
         "file": plugin.file().to_string_lossy(),
@@ -254,6 +255,9 @@ pub fn text(plugin: &Plugin, config: Option<&Value>, fragment: bool) -> String {
     for line in descriptor.doc.lines() {
         // Writing to a String cannot fail, here and below.
         let _ = writeln!(text, "{}", line.trim_end());
+    }
+    if let Some(what) = &descriptor.held_constant {
+        let _ = writeln!(text, "Its gradient holds constant: {what}.");
     }
     let _ = writeln!(text, "\nfile    {}", plugin.file().display());
     let _ = writeln!(text, "sha256  {}", plugin.sha256());

@@ -100,6 +100,7 @@ fn descriptor<T: Serialize + JsonSchema>(defaults: T) -> Descriptor {
         ir: 1,
         schema: schemars::schema_for!(T).to_value(),
         defaults: serde_json::to_value(defaults).expect("defaults are JSON"),
+        held_constant: None,
     }
 }
 

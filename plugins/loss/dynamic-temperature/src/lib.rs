@@ -48,6 +48,8 @@ impl Plugin for DynamicTemperature {
 }
 
 impl Loss for DynamicTemperature {
+    const HELD_CONSTANT: Option<&'static str> = Some("the temperature, which follows the spread of the similarities");
+
     fn build<'g>(
         config: &DynamicTemperatureConfig,
         graph: &'g Graph,

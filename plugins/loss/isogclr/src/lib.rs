@@ -97,6 +97,9 @@ impl Plugin for IsogClr {
 }
 
 impl Loss for IsogClr {
+    const HELD_CONSTANT: Option<&'static str> =
+        Some("the weights of the pairs and the temperatures, which follow a gradient of their own");
+
     fn build<'g>(config: &IsogClrConfig, graph: &'g Graph, inputs: &LossInputs<'g>) -> Result<Tensor<'g>, BuildError> {
         if inputs.batch < 2 {
             return Err(BuildError::new("isogclr compares samples of a batch with each other: it needs at least 2"));

@@ -53,6 +53,8 @@ impl Plugin for OnlineClr {
 }
 
 impl Loss for OnlineClr {
+    const HELD_CONSTANT: Option<&'static str> = Some("the weights of the pairs, which come from the moving sums");
+
     fn build<'g>(
         config: &OnlineClrConfig,
         graph: &'g Graph,
@@ -62,6 +64,12 @@ impl Loss for OnlineClr {
             return Err(BuildError::new(format!(
                 "onlineclr needs pairs that do not match: at least 2 samples a batch, it got {}",
                 inputs.batch
+            )));
+        }
+        if config.gamma <= 0.0 {
+            return Err(BuildError::new(format!(
+                "onlineclr takes gamma above 0, it got {}: its sums would stay 0, and it divides by them",
+                config.gamma
             )));
         }
         let similarity = inputs.image_features.matmul(inputs.text_features.t());

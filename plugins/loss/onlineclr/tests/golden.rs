@@ -68,3 +68,11 @@ fn a_batch_of_one_is_refused() {
     assert!(Harness::loss::<OnlineClr>(&OnlineClrConfig::default(), 1, 4, 1).is_err());
     assert!(Harness::loss::<OnlineClr>(&OnlineClrConfig::default(), 2, 4, 1).is_ok());
 }
+
+/// Its sums would stay 0, and it divides by them.
+#[test]
+fn a_weight_of_zero_is_refused() {
+    let config = OnlineClrConfig { gamma: 0.0, ..OnlineClrConfig::default() };
+    let error = Harness::loss::<OnlineClr>(&config, 4, 4, 10).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(error.contains("gamma above 0, it got 0"), "{error}");
+}

@@ -65,6 +65,8 @@ impl Plugin for SogClr {
 }
 
 impl Loss for SogClr {
+    const HELD_CONSTANT: Option<&'static str> = Some("the weights of the pairs, which come from the moving averages");
+
     fn build<'g>(config: &SogClrConfig, graph: &'g Graph, inputs: &LossInputs<'g>) -> Result<Tensor<'g>, BuildError> {
         if inputs.batch < 2 {
             return Err(BuildError::new(format!(
