@@ -90,7 +90,7 @@ const DEFECTS: [Defect; 17] = [
     ("hangs", &["shapes"], &["an answer within 20 s, got none"]),
     ("fixed_batch", &["shapes"], &["a batch of 2", "[2, 2] and [4, 4] do not broadcast"]),
     ("hidden_state", &["no hidden state"], &["the loss of 4 pairs", "`static`", "`graph.state`"]),
-    ("unordered", &["deterministic", "state survives"], &["two fresh processes", "HashMap"]),
+    ("unordered", &["deterministic"], &["two fresh processes", "HashMap"]),
     ("own_default", &["settings"], &["`temperature`: expected a value at least 0.1, at most 1, got 0.05"]),
     ("other_abi", &["loads"], &["expected ABI version 1, got 999"]),
     ("duplicate", &["id"], &["other loss plugins `clip`", "clip_loss_clip"]),
@@ -112,9 +112,10 @@ fn every_planted_defect_is_found() {
         let limit: &[&str] = if *name == "hangs" { &["--timeout", "20"] } else { &[] };
         let report = check(&file, limit);
         let failed = named(&report, "failed");
-        // A loss that never builds fails all that needs numbers; what comes first says why.
         match *name {
-            "panics" | "fixed_batch" => assert!(failed.starts_with(failing) && failed.len() > 3, "{name}: {report:#}"),
+            // What never builds fails all that needs numbers, and what is another each time more than one check; the first
+            // says why.
+            "panics" | "fixed_batch" | "unordered" => assert!(failed.starts_with(failing), "{name}: {report:#}"),
             _ => assert_eq!(failed, *failing, "{name}: {report:#}"),
         }
         let first = rows(&report).iter().find(|row| row["status"] == "failed").expect("one failed");

@@ -157,8 +157,8 @@ impl<'a> Children<'a> {
         // A process that the plugin started may hold the pipe open for ever.
         let text = answer.recv_timeout(Duration::from_secs(1)).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        let messages = text.lines().filter_map(|line| serde_json::from_str::<Envelope>(line).ok());
-        Ok(match messages.last() {
+        let mut messages = text.lines().filter_map(|line| serde_json::from_str::<Envelope>(line).ok());
+        Ok(match messages.next_back() {
             // What crashes after its answer has crashed all the same.
             Some(envelope) if status.success() => Ended::Answered(envelope.clip_host_check),
             _ => Ended::Silent(status.to_string()),

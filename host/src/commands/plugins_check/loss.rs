@@ -268,13 +268,13 @@ fn gradient_of_batch(
                 held = held.max(distance.held);
                 if distance.value > TOLERANCE && declared.is_none() {
                     let nodes: Vec<String> = point.culprits(&leaf)?.iter().map(|id| format!("%{id}")).collect();
+                    let nodes = if nodes.is_empty() { "several together".into() } else { nodes.join(", ") };
                     return Err(Fault::new(
                         format!("comparing the gradient in `{leaf}` at step {step} with differences of the loss"),
                         format!("at most {TOLERANCE:.0e} of the largest gradient between them"),
                         format!(
-                            "{:.1e}, which vanishes if what `detach` makes is held constant: {}",
-                            distance.value,
-                            nodes.join(", ")
+                            "{:.1e}, which vanishes if what `detach` makes is held constant: {nodes}",
+                            distance.value
                         ),
                         "take out the `detach` (`plugins inspect --fragment` shows the ops by number); where it is on \
                          purpose, say so with `const HELD_CONSTANT: Option<&'static str>` in its `Loss`",

@@ -36,7 +36,7 @@ impl Random {
 /// Values of a fragment's inputs by name.
 pub type Values = HashMap<String, Vec<f64>>;
 
-/// Names of the leaves that some op reads or that `outputs` are, with their shapes, in order.
+/// Names and shapes of the leaves of a kind that some op reads, in order.
 pub fn leaves(fragment: &Fragment, pick: impl Fn(&Op) -> Option<&String>) -> Vec<(String, Vec<usize>)> {
     let read = |id: usize| fragment.nodes.iter().any(|node| node.inputs.iter().any(|&input| input as usize == id));
     let leaf = fragment.nodes.iter().enumerate().filter(|(id, _)| read(*id));
@@ -98,7 +98,7 @@ pub fn finite(attempted: &str, what: &str, values: &[f32], hint: &str) -> Result
     }
 }
 
-/// What changes from step to step: every state has an update, and says the same shapes. A state without one is constant.
+/// Sees to it that every state has an update, without which it is a constant; says which states there are.
 pub fn declared(fragment: &Fragment) -> Result<String, Fault> {
     for (id, node) in fragment.nodes.iter().enumerate() {
         if let Op::State { name, .. } = &node.op
