@@ -182,6 +182,8 @@ pub enum PluginsCommand {
     List(PluginsListArgs),
     /// What a plugin says of itself, its settings, and what it builds.
     Inspect(InspectArgs),
+    /// Make a crate for a plugin of your own: a formula to replace, its settings, its tests, a page of README.
+    New(PluginsNewArgs),
     /// Check a plugin library before it is used.
     ///
     /// Each check runs in a process of its own, so that a plugin that crashes, hangs or panics fails that check only: what
@@ -212,6 +214,23 @@ pub struct InspectArgs {
     /// More libraries, or folders of them, to search.
     #[arg(long, value_name = "PATH")]
     pub path: Vec<PathBuf>,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PluginsNewArgs {
+    /// Kind of the plugin.
+    pub kind: KindArg,
+    /// Its id, as recipes name it, and the name of its crate: lower-case letters, digits and `_`.
+    pub name: String,
+    /// Folder for the crate; must not exist [default: the name].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// clip-host's sources, on which the crate depends [default: those that this program was built from].
+    #[arg(long, value_name = "DIR")]
+    pub api: Option<PathBuf>,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,

@@ -42,6 +42,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Eval(args) => commands::eval::run(args),
         Command::Plugins(PluginsCommand::List(args)) => commands::plugins::list(&args),
         Command::Plugins(PluginsCommand::Inspect(args)) => commands::plugins::inspect(&args),
+        Command::Plugins(PluginsCommand::New(args)) => commands::plugins_new::run(&args),
         Command::Plugins(PluginsCommand::Check(args)) => commands::plugins_check::run(&args),
         Command::Replay(args) => commands::replay::run(&args),
         Command::Data(DataCommand::Synth(args)) => commands::data::synth(args),

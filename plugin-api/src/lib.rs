@@ -44,11 +44,11 @@
 //! the boundary; [`abi`] is the boundary; [`testing`] checks a plugin in its own tests.
 
 pub use abi_stable;
+pub use clip_host_plugin_abi as abi;
 pub use schemars;
 pub use serde;
 pub use serde_json;
 
-pub mod abi;
 pub mod decompose;
 pub mod describe;
 pub mod encoder;
@@ -77,4 +77,7 @@ pub mod prelude {
     pub use crate::scheduler::{Progress, Scheduler};
     pub use schemars::JsonSchema;
     pub use serde::{Deserialize, Serialize};
+    // For the code that the derives of settings write: with `#[serde(crate = "serde")]` on them, and these names in scope,
+    // a plugin's crate depends on this one only.
+    pub use {schemars, serde};
 }

@@ -1,9 +1,9 @@
 //! The author's harness: evaluates a plugin in f64 and differentiates it, inside the plugin's own `cargo test`.
 
-use crate::encoder::{self, Encoder, EncoderRequest};
+use crate::encoder::{self, Encoder, EncoderRequest, InputShape};
 use crate::gradient::{GradientError, differentiate};
 use crate::graph::BuildError;
-use crate::interpret::{InterpretError, interpret};
+use crate::interpret::{InterpretError, interpret, uniform};
 use crate::ir::{DType, Fragment, Init, Node, NodeId, Op};
 use crate::loss::{self, Loss, LossRequest};
 use crate::optimizer::{self, Optimizer, OptimizerRequest};
@@ -74,6 +74,46 @@ impl Harness {
     /// The fragment of an encoder.
     pub fn encoder<E: Encoder>(request: &EncoderRequest) -> Result<Self, BuildError> {
         Ok(Self::new(encoder::build::<E>(request)?))
+    }
+
+    /// The fragment of an encoder with settings, for a batch of `input`.
+    pub fn encoder_with<E: Encoder>(
+        config: &E::Config,
+        batch: usize,
+        input: InputShape,
+        training: bool,
+    ) -> Result<Self, BuildError> {
+        let config = serde_json::to_value(config).map_err(|e| BuildError::new(e.to_string()))?;
+        Self::encoder::<E>(&EncoderRequest { config, batch, input, training })
+    }
+
+    /// Gives every leaf that has no value yet one that its contract allows: normalised features have rows of unit length,
+    /// ids count from 0 along the last axis, a mask is 1, `epoch` and `step` are 0; all else lies between −1 and 1 and
+    /// follows from `seed`.
+    pub fn fill(&mut self, seed: u64) -> &mut Self {
+        for (leaf, node) in self.fragment.nodes.iter().enumerate() {
+            let (Op::Input { name } | Op::Param { name, .. } | Op::State { name, .. }) = &node.op else { continue };
+            if self.values.contains_key(name) {
+                continue;
+            }
+            let row = node.shape.last().copied().unwrap_or(1).max(1);
+            let mut values: Vec<f64> = (0..node.elements())
+                .map(|i| match (node.dtype, name.as_str()) {
+                    (DType::I32, _) => (i % row) as f64,
+                    (_, "attention_mask") => 1.0,
+                    (_, "epoch" | "step") => 0.0,
+                    _ => 2.0 * uniform(seed, leaf as u32, i as u64) - 1.0,
+                })
+                .collect();
+            if matches!(name.as_str(), "image_features" | "text_features") {
+                for row in values.chunks_mut(row) {
+                    let norm = row.iter().map(|x| x * x).sum::<f64>().sqrt();
+                    row.iter_mut().for_each(|x| *x /= norm);
+                }
+            }
+            self.values.insert(name.clone(), values);
+        }
+        self
     }
 
     /// Sets a leaf.

@@ -34,8 +34,8 @@ pub enum LoadError {
     /// Another version of the boundary.
     #[error(
         "cannot use the plugin {}: expected ABI version {expected}, got {got}\n\
-         hint: rebuild the plugin with the clip-host-plugin-api that belongs to this host",
-        file.display()
+         hint: {}",
+        file.display(), other_abi_hint(*expected, *got)
     )]
     OtherAbi { file: PathBuf, expected: u32, got: u32 },
     /// The function table is not laid out as this host's; the long report is in [`LoadError::details`].
@@ -52,6 +52,13 @@ pub enum LoadError {
         file.display()
     )]
     Describe { file: PathBuf, message: String },
+}
+
+fn other_abi_hint(expected: u32, got: u32) -> &'static str {
+    match got > expected {
+        true => "rebuild the plugin with the clip-host-plugin-api that belongs to this host, or update the host",
+        false => "rebuild the plugin with the clip-host-plugin-api that belongs to this host",
+    }
 }
 
 impl LoadError {

@@ -1,14 +1,17 @@
 //! From a library file to a checked table of functions.
 //!
-//! The order of the checks: the file is read and hashed; it is whole; the system opens it; it has the root symbol; its abi_stable and
-//! C ABI are ours; its table has our layout; its ABI version is ours; it describes itself. Libraries are never unloaded:
-//! what they handed out (functions, statics, thread-local destructors) may be in use until the process ends.
+//! The order of the checks: the file is read and hashed; it is whole; the system opens it; it has the root symbol; its
+//! abi_stable and C ABI are ours; its ABI version is ours; its table has our layout, and names our ABI version too; it
+//! describes itself. Libraries are never unloaded: what they handed out (functions, statics, thread-local destructors)
+//! may be in use until the process ends.
 
 use crate::error::LoadError;
 use crate::plugin::Plugin;
-use abi_stable::library::{AbiHeaderRef, LibraryError, ROOT_MODULE_LOADER_NAME, ROOT_MODULE_LOADER_NAME_WITH_NUL};
+use abi_stable::library::{
+    AbiHeaderRef, LibHeader, LibraryError, ROOT_MODULE_LOADER_NAME, ROOT_MODULE_LOADER_NAME_WITH_NUL,
+};
 use abi_stable::std_types::{RResult, RStr};
-use clip_host_plugin_api::abi::{ABI_VERSION, Log, PluginModuleRef};
+use clip_host_plugin_api::abi::{ABI_VERSION, Log, PACKAGE, PluginModuleRef};
 use clip_host_plugin_api::describe::Descriptor;
 use sha2::{Digest, Sha256};
 use std::cell::Cell;
@@ -125,6 +128,7 @@ pub(crate) fn open(file: &Path, contents: Contents) -> Result<Plugin, LoadError>
 enum Obstacle {
     NotALibrary(String),
     NoPlugin,
+    OtherAbi(u32),
     Library(LibraryError),
 }
 
@@ -134,6 +138,7 @@ impl Obstacle {
         let error = match self {
             Obstacle::NotALibrary(message) => return LoadError::NotALibrary { file, message },
             Obstacle::NoPlugin => return LoadError::NoPlugin { file },
+            Obstacle::OtherAbi(got) => return LoadError::OtherAbi { file, expected: ABI_VERSION, got },
             Obstacle::Library(error) => error,
         };
         let got = match &error {
@@ -160,8 +165,7 @@ fn one_line(text: &str) -> String {
 /// Opens a library and checks its table's layout.
 ///
 /// This is `lib_header_from_path(path)?.check_layout()` with errors told apart. Not `load_from_file`, which caches one
-/// module for each *type* and so returns the first plugin for every path; and not `init_root_module`, which also compares
-/// the versions of the crate that holds the table: that one changes more often than the table does.
+/// module for each *type* and so returns the first plugin for every path.
 fn module(path: &Path) -> Result<PluginModuleRef, Obstacle> {
     // SAFETY: opening runs the library's initialisers. The user chose the file or the folder to take plugins from, as
     // with any program that he installs; a Rust cdylib has no initialisers but the standard library's.
@@ -172,7 +176,18 @@ fn module(path: &Path) -> Result<PluginModuleRef, Obstacle> {
     // holds. `upgrade` checks the magic bytes and the version in that header before it reads anything behind it.
     let header = unsafe { library.get::<AbiHeaderRef>(ROOT_MODULE_LOADER_NAME_WITH_NUL.as_bytes()) };
     let header: AbiHeaderRef = *header.map_err(|_| Obstacle::NoPlugin)?;
-    header.upgrade().and_then(|library| library.check_layout::<PluginModuleRef>()).map_err(Obstacle::Library)
+    let library = header.upgrade().map_err(Obstacle::Library)?;
+    match abi_version(library) {
+        Some(got) if got != ABI_VERSION => Err(Obstacle::OtherAbi(got)),
+        _ => library.check_layout::<PluginModuleRef>().map_err(Obstacle::Library),
+    }
+}
+
+/// The ABI version of a library, before anything is known of its table: the major version of the crate that the table's
+/// type is from. None if that is another crate than ours; the layout's check then tells what it is.
+fn abi_version(library: &LibHeader) -> Option<u32> {
+    let (package, version) = library.layout()?.package_and_version();
+    (package.as_str() == PACKAGE).then(|| Some(version.parsed().ok()?.major))?
 }
 
 /// The system's own words.

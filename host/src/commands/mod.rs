@@ -10,5 +10,6 @@ pub mod peak;
 pub mod plan;
 pub mod plugins;
 pub mod plugins_check;
+pub mod plugins_new;
 pub mod replay;
 pub mod run;
