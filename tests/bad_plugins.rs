@@ -37,6 +37,7 @@ fn what_is_no_plugin_is_told() {
     };
     refused("not_a_plugin", &["holds no plugin", "export_plugin!"]);
     refused("other_abi", &["expected ABI version 1, got 999", "rebuild the plugin"]);
+    refused("newer_abi", &["expected ABI version 1, got 2", "rebuild the plugin", "update the host"]);
     refused("other_layout", &["expected the function table of ABI version 1", "rebuild the plugin"]);
 
     // Files that are no libraries, or halves of one.

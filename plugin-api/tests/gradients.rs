@@ -173,3 +173,39 @@ fn projection_replaces_the_parameter_and_passes_the_gradient() {
     let step = harness.step(Some(("y", None)), &["t"]).unwrap();
     assert_eq!((step.outputs["y"][0], step.grads["t"][0], harness.values["t"][0]), (1.0, 2.0, 1.0));
 }
+
+/// What [`Harness::fill`] gives each leaf is what the host would give a loss.
+#[test]
+fn leaves_are_filled_with_what_their_contract_allows() {
+    #[derive(Default, Serialize, Deserialize, JsonSchema)]
+    struct Nothing {}
+    struct Any;
+    impl Plugin for Any {
+        type Config = Nothing;
+        const ID: &'static str = "any";
+        const DOC: &'static str = "Reads a few of its inputs.";
+    }
+    impl Loss for Any {
+        fn build<'g>(_: &Nothing, graph: &'g Graph, inputs: &LossInputs<'g>) -> Result<Tensor<'g>, BuildError> {
+            let scale = graph.param("scale", &[], Init::Constant(2.0));
+            let table = graph.state("table", &[inputs.dataset_size], Init::Normal { std: 1.0 });
+            let mine = table.gather(inputs.image_ids).mean_all();
+            Ok(inputs.image_features.sum_all() * scale + mine + inputs.step)
+        }
+    }
+    let filled = |seed| {
+        let mut harness = Harness::loss::<Any>(&Nothing {}, 3, 4, 10).expect("there is nothing to refuse");
+        harness.fill(seed);
+        harness.values
+    };
+    let values = filled(1);
+    for row in values["image_features"].chunks(4) {
+        assert!((row.iter().map(|x| x * x).sum::<f64>() - 1.0).abs() < 1e-12, "{row:?} has no unit length");
+    }
+    assert_eq!(values["image_ids"], [0.0, 1.0, 2.0]);
+    assert_eq!((&values["scale"], &values["step"]), (&vec![2.0], &vec![0.0]), "starts and clocks stay");
+    assert!(values["table"].len() == 10 && values["table"].iter().all(|x| (-1.0..1.0).contains(x)));
+    assert_ne!(values["image_features"], values["text_features"]);
+    assert_eq!(values, filled(1));
+    assert_ne!(values["table"], filled(2)["table"]);
+}

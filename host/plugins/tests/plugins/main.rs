@@ -3,6 +3,7 @@
 #[path = "../../../../tests/support/fixtures.rs"]
 mod fixtures;
 
+mod abi;
 mod config;
 mod first_party;
 mod load;
