@@ -8,10 +8,10 @@
 use crate::error::LoadError;
 use crate::plugin::Plugin;
 use abi_stable::library::{
-    AbiHeaderRef, LibHeader, LibraryError, ROOT_MODULE_LOADER_NAME, ROOT_MODULE_LOADER_NAME_WITH_NUL,
+    AbiHeaderRef, LibHeader, LibraryError, ROOT_MODULE_LOADER_NAME, ROOT_MODULE_LOADER_NAME_WITH_NUL, RootModule,
 };
 use abi_stable::std_types::{RResult, RStr};
-use clip_host_plugin_api::abi::{ABI_VERSION, Log, PACKAGE, PluginModuleRef};
+use clip_host_plugin_api::abi::{ABI_VERSION, Log, PluginModuleRef};
 use clip_host_plugin_api::describe::Descriptor;
 use sha2::{Digest, Sha256};
 use std::cell::Cell;
@@ -183,11 +183,14 @@ fn module(path: &Path) -> Result<PluginModuleRef, Obstacle> {
     }
 }
 
-/// The ABI version of a library, before anything is known of its table: the major version of the crate that the table's
-/// type is from. None if that is another crate than ours; the layout's check then tells what it is.
+/// The ABI version of a library, before anything is known of its table: the major version of the crate that the table is
+/// from, which stands in the header. None if the header is not that of such a table (the ABI begins with version 1); the
+/// layout's check then tells what it is.
 fn abi_version(library: &LibHeader) -> Option<u32> {
-    let (package, version) = library.layout()?.package_and_version();
-    (package.as_str() == PACKAGE).then(|| Some(version.parsed().ok()?.major))?
+    let header = library.root_mod_consts();
+    let ours = header.base_name().as_str() == PluginModuleRef::BASE_NAME;
+    let version = header.version_strings().parsed().ok()?.major;
+    (ours && version > 0).then_some(version)
 }
 
 /// The system's own words.

@@ -24,9 +24,6 @@ use abi_stable::std_types::{RResult, RStr, RString};
 /// The version of the table and of the way requests are written: the major version of this crate.
 pub const ABI_VERSION: u32 = 1;
 
-/// The name of this crate, by which a library's table is known for one of this family, whatever its version.
-pub const PACKAGE: &str = env!("CARGO_PKG_NAME");
-
 /// Receives a plugin's log lines: level (1 error … 5 trace) and text. The host's function; any thread may call it.
 #[repr(C)]
 #[derive(Clone, Copy, StableAbi)]
