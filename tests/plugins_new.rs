@@ -89,6 +89,7 @@ fn what_cannot_be_made_is_refused_and_leaves_nothing() {
     let folder = Folder::new("plugins-new-refused");
     let new = |args: &[&str]| run(&folder, &[&["plugins", "new"], args].concat());
     new(&["loss", "My-Loss"]).refused(&["cannot make the loss `My-Loss`", "lower-case", "`my_loss` would do"]);
+    new(&["loss", ""]).refused(&["lower-case", "`my_loss` would do"]);
     new(&["encoder", "match"]).refused(&["cannot make the encoder `match`", "word of Rust", "`my_match` would do"]);
     // An id that a first-party plugin of the kind has; those of other kinds are free.
     new(&["loss", "isogclr"]).refused(&["cannot make the loss `isogclr`", "has that name already", "isogclr"]);

@@ -132,9 +132,10 @@ fn suggestion(text: &str) -> String {
         small = c.is_ascii_lowercase() || c.is_ascii_digit();
     }
     let id = id.trim_matches('_').trim_start_matches(|c: char| c.is_ascii_digit() || c == '_');
-    match Name::parse(id) {
-        Ok(_) => format!("`{id}` would do"),
-        Err(_) => "`my_loss` would do".into(),
+    // What is left has the form of a name, so that this does not come back here.
+    match !id.is_empty() && Name::parse(id).is_ok() {
+        true => format!("`{id}` would do"),
+        false => "`my_loss` would do".into(),
     }
 }
 
