@@ -35,9 +35,6 @@ fn libraries_of_every_abi_version_are_trained_with() {
             assert_eq!((&row["kind"], &row["version"]), (&kind.into(), &"1.0.0".into()));
             let shown = run(&folder, &["plugins", "inspect", &id, "--path", &path]).done();
             assert!(shown.stdout.contains("at least"), "{name} {kind}: ranges are missing in {}", shown.stdout);
-            let file = version.join(format!("lib{id}.so"));
-            let checked = run(&folder, &["plugins", "check", &file.to_string_lossy()]).done();
-            assert!(!checked.text().contains("FAILED"), "{name} {kind}: {checked:#?}");
         }
 
         // All four in one run, whose log, state and checkpoint they take part in.
