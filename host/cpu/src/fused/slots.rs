@@ -30,7 +30,7 @@ impl Program {
         let is_load = |reg: usize| matches!(code[reg].0, Instr::Load(_));
         let is_read: Vec<Address> = kernel.inputs.iter().map(|i| place(i.source)).collect();
         let replaces = |out: &Out| is_read.iter().any(|r| r.block == out.address.block && out.address.block > 0);
-        for out in self.outs.iter().enumerate().map(|(number, _)| number).collect::<Vec<_>>() {
+        for out in 0..self.outs.len() {
             let is_last = position[self.outs[out].value].is_some_and(|at| at + 1 == actions.len());
             let in_loop = in_group(self.outs[out].value) && self.is_loops_own(&self.outs[out]);
             // What replaces an operand is written when all has been read.

@@ -43,7 +43,7 @@ impl Random {
     }
 }
 
-/// The least and the most instructions besides loads.
+/// A kernel of random operands, results, and between so many instructions; half of what these read is recent.
 fn random(seed: u64, length: std::ops::Range<usize>) -> Random {
     let mut rng = Rng(seed);
     let rows = rng.pick(&[1, 1, 2, 3, 7, 30, 64, 250]);
