@@ -1,0 +1,374 @@
+//! Runs a plan on a [`Machine`].
+
+use crate::launch::{Address, Block, Launch, Schedule, Work, control};
+use crate::machine::{Handle, Machine, MachineError, Recording};
+use crate::schedule::{Places, ScheduleError, schedule};
+use crate::verify::{self, VerifyError};
+use clip_host_compiler::kernel::{Element, Operand};
+use clip_host_compiler::plan::Plan;
+use clip_host_plugin_api::ir::{DType, Op};
+use std::collections::HashMap;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// Why a plan could not be prepared or run.
+#[derive(Debug, Error)]
+pub enum ExecuteError {
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error("an id lies outside its table (hint: check `vocab_size` and the sizes of per-sample tables)")]
+    BadId,
+    #[error("`{name}` has {expected} elements, {got} were given")]
+    Size { name: String, expected: usize, got: usize },
+    #[error("`{name}` is kept as {expected}, asked for as {got}")]
+    Kept { name: String, expected: &'static str, got: &'static str },
+    #[error("there is no {what} `{name}`")]
+    Unknown { what: &'static str, name: String },
+}
+
+/// Memory of a machine, given back when dropped.
+#[derive(Debug)]
+pub struct Buffer {
+    machine: Arc<dyn Machine>,
+    address: u64,
+}
+
+impl Buffer {
+    /// Takes memory, filled with zeros.
+    pub fn new(machine: &Arc<dyn Machine>, bytes: usize) -> Result<Buffer, MachineError> {
+        Ok(Buffer { machine: machine.clone(), address: machine.alloc(bytes.max(256))? })
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.machine.free(self.address);
+    }
+}
+
+/// Persistent tensors, shared by all programs of a model.
+#[derive(Debug)]
+pub struct Store {
+    machine: Arc<dyn Machine>,
+    names: HashMap<String, usize>,
+    tensors: Vec<(Arc<Buffer>, usize, Element)>,
+}
+
+impl Store {
+    pub fn new(machine: Arc<dyn Machine>) -> Store {
+        Store { machine, names: HashMap::new(), tensors: Vec::new() }
+    }
+
+    /// The index of a tensor, made (zero) if it is not there.
+    pub fn entry(&mut self, name: &str, elements: usize, element: Element) -> Result<usize, ExecuteError> {
+        if let Some(&index) = self.names.get(name) {
+            let (_, known, kept) = &self.tensors[index];
+            check_size(name, *known, elements)?;
+            return match *kept == element {
+                true => Ok(index),
+                false => Err(ExecuteError::Kept { name: name.into(), expected: kept.name(), got: element.name() }),
+            };
+        }
+        let buffer = Arc::new(Buffer::new(&self.machine, elements * element.bytes())?);
+        self.tensors.push((buffer, elements, element));
+        self.names.insert(name.into(), self.tensors.len() - 1);
+        Ok(self.tensors.len() - 1)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
+    /// A tensor's values.
+    pub fn get(&self, name: &str) -> Result<Option<Vec<f32>>, ExecuteError> {
+        let Some(&index) = self.names.get(name) else { return Ok(None) };
+        let (buffer, elements, element) = &self.tensors[index];
+        Ok(Some(download(&self.machine, buffer.address, *elements, *element)?))
+    }
+
+    /// Sets a tensor's values from `offset` elements on.
+    pub fn set(&mut self, name: &str, offset: usize, values: &[f32]) -> Result<(), ExecuteError> {
+        let Some(&index) = self.names.get(name) else {
+            return Err(ExecuteError::Unknown { what: "tensor", name: name.into() });
+        };
+        let (buffer, elements, element) = &self.tensors[index];
+        if offset + values.len() > *elements {
+            return Err(ExecuteError::Size { name: name.into(), expected: *elements, got: offset + values.len() });
+        }
+        let at = buffer.address + (offset * element.bytes()) as u64;
+        Ok(self.machine.upload(at, &encoded(values, *element))?)
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        self.tensors.iter().map(|(_, elements, element)| elements * element.bytes()).sum()
+    }
+}
+
+/// Values as they are kept.
+fn encoded(values: &[f32], element: Element) -> Vec<u8> {
+    match element {
+        Element::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Element::I32 => values.iter().flat_map(|&v| (v as i32).to_le_bytes()).collect(),
+        Element::Bf16 => values.iter().flat_map(|&v| bf16_bits(v).to_le_bytes()).collect(),
+    }
+}
+
+/// Rounded to nearest even; NaN stays NaN.
+fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    match value.is_nan() {
+        true => (bits >> 16) as u16 | 0x40,
+        false => ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16,
+    }
+}
+
+fn download(
+    machine: &Arc<dyn Machine>,
+    address: u64,
+    elements: usize,
+    element: Element,
+) -> Result<Vec<f32>, MachineError> {
+    let mut bytes = vec![0; elements * element.bytes()];
+    machine.download(address, &mut bytes)?;
+    let words = || bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+    Ok(match element {
+        Element::F32 => words().map(f32::from_le_bytes).collect(),
+        Element::I32 => words().map(|b| i32::from_le_bytes(b) as f32).collect(),
+        Element::Bf16 => {
+            let halves = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+            halves.map(|h| f32::from_bits(u32::from(h) << 16)).collect()
+        }
+    })
+}
+
+/// A plan made ready: kernels compiled, memory taken once, addresses fixed.
+pub struct Executor {
+    plan: Arc<Plan>,
+    machine: Arc<dyn Machine>,
+    schedule: Schedule,
+    /// For each piece of work: its function and the addresses of its arguments.
+    ready: Vec<(Handle, Vec<u64>)>,
+    /// Addresses of the plan's leaves, in their order.
+    leaves: Vec<u64>,
+    /// The memory behind the addresses.
+    _memory: Vec<Arc<Buffer>>,
+    arena: u64,
+    control: u64,
+    inputs: HashMap<String, usize>,
+    /// The whole step, once it has run as single launches.
+    recording: Option<Recording>,
+    runs: u64,
+    /// Milliseconds of each of the plan's kernels in the last run, if they are measured.
+    timings: Option<Vec<f64>>,
+}
+
+impl Executor {
+    /// Prepares a plan; persistent leaves are found in, or added to, the store.
+    pub fn new(plan: Plan, machine: Arc<dyn Machine>, store: &mut Store) -> Result<Executor, ExecuteError> {
+        let schedule = schedule(&plan)?;
+        verify::verify(&plan, &schedule)?;
+        let plan = Arc::new(plan);
+        let mut memory = Vec::new();
+        let mut take = |bytes: usize| -> Result<u64, ExecuteError> {
+            let buffer = Arc::new(Buffer::new(&machine, bytes)?);
+            memory.push(buffer.clone());
+            Ok(buffer.address)
+        };
+        let (arena, scratch) = (take(plan.arena)?, take(schedule.scratch)?);
+        let control = take(control::BYTES)?;
+        let (mut leaves, mut inputs) = (Vec::new(), HashMap::new());
+        let mut stored = Vec::new();
+        for (index, &id) in plan.leaves.iter().enumerate() {
+            let (node, element) = (&plan.nodes[id as usize], plan.storage[id as usize]);
+            let elements = node.elements();
+            leaves.push(match &node.op {
+                Op::Param { name, .. } | Op::State { name, .. } => {
+                    let entry = store.entry(name, elements, element)?;
+                    let buffer = store.tensors[entry].0.clone();
+                    stored.push(buffer.clone());
+                    buffer.address
+                }
+                Op::Literal { values } => {
+                    let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
+                    let address = take(elements * element.bytes())?;
+                    machine.upload(address, &encoded(&values, element))?;
+                    address
+                }
+                Op::Input { name } => {
+                    inputs.insert(name.clone(), index);
+                    take(elements * element.bytes())?
+                }
+                other => {
+                    return Err(ScheduleError::Unsupported { op: other.name(), layout: "a leaf's place".into() }.into());
+                }
+            });
+        }
+        memory.extend(stored);
+        let handles = machine.load(&schedule.functions)?;
+        let address = |at: Address| {
+            let base = match at.block {
+                Block::Arena => arena,
+                Block::Leaf(index) => leaves[index],
+                Block::Scratch => scratch,
+                Block::Control => control,
+            };
+            base + at.offset as u64
+        };
+        let ready = schedule
+            .work
+            .iter()
+            .map(|(Work::Launch(launch), _)| {
+                (handles[launch.function], launch.arguments.iter().map(|a| address(a.at)).collect())
+            })
+            .collect();
+        Ok(Executor {
+            plan,
+            machine,
+            schedule,
+            ready,
+            leaves,
+            _memory: memory,
+            arena,
+            control,
+            inputs,
+            recording: None,
+            runs: 0,
+            timings: None,
+        })
+    }
+
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The work, in order.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// Whether the program reads an input of this name.
+    pub fn has_input(&self, name: &str) -> bool {
+        self.inputs.contains_key(name)
+    }
+
+    /// From now on measures every kernel: they run one by one instead of as one recording.
+    pub fn time_kernels(&mut self) {
+        self.timings = Some(vec![0.0; self.plan.kernels.len()]);
+    }
+
+    /// Milliseconds of each of the plan's kernels in the last run, if they are measured.
+    pub fn timings(&self) -> Option<&[f64]> {
+        self.timings.as_deref()
+    }
+
+    /// Fills an f32 input; one that the program does not read is passed over.
+    pub fn set_f32(&mut self, name: &str, values: &[f32]) -> Result<(), ExecuteError> {
+        let Some(&index) = self.inputs.get(name) else { return Ok(()) };
+        let id = self.plan.leaves[index] as usize;
+        check_size(name, self.plan.nodes[id].elements(), values.len())?;
+        Ok(self.machine.upload(self.leaves[index], &encoded(values, self.plan.storage[id]))?)
+    }
+
+    /// Fills an i32 input; one that the program does not read is passed over.
+    pub fn set_i32(&mut self, name: &str, values: &[i32]) -> Result<(), ExecuteError> {
+        let Some(&index) = self.inputs.get(name) else { return Ok(()) };
+        let node = &self.plan.nodes[self.plan.leaves[index] as usize];
+        check_size(name, node.elements(), values.len())?;
+        if node.dtype != DType::I32 {
+            return Err(ExecuteError::Kept { name: name.into(), expected: "f32", got: "i32" });
+        }
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Ok(self.machine.upload(self.leaves[index], &bytes)?)
+    }
+
+    /// Runs the program once. `seed` drives its random numbers. The first run launches kernel by kernel, the second records
+    /// the whole step, later ones replay it.
+    pub fn run(&mut self, seed: u64) -> Result<(), ExecuteError> {
+        let mut start = [0; 16];
+        start[..8].copy_from_slice(&seed.to_le_bytes());
+        self.machine.upload(self.control, &start)?;
+        self.runs += 1;
+        if self.timings.is_some() {
+            return self.run_timed();
+        }
+        match self.recording {
+            Some(recording) => self.machine.replay(recording)?,
+            None if self.runs == 2 && self.machine.begin_recording()? => {
+                let launched = self.launch_all();
+                // Recording ends in any case: the stream would stay in it.
+                let recording = self.machine.end_recording();
+                launched?;
+                let recording = recording?;
+                self.recording = Some(recording);
+                self.machine.replay(recording)?;
+            }
+            None => self.launch_all()?,
+        }
+        self.check_ids()
+    }
+
+    fn launch_all(&self) -> Result<(), ExecuteError> {
+        for ((Work::Launch(launch), _), (function, arguments)) in self.schedule.work.iter().zip(&self.ready) {
+            self.machine.launch(*function, launch, arguments)?;
+        }
+        Ok(())
+    }
+
+    fn run_timed(&mut self) -> Result<(), ExecuteError> {
+        self.machine.note_moment()?;
+        for ((Work::Launch(launch), _), (function, arguments)) in self.schedule.work.iter().zip(&self.ready) {
+            self.machine.launch(*function, launch, arguments)?;
+            self.machine.note_moment()?;
+        }
+        let moments = self.machine.moments()?;
+        if let Some(timings) = &mut self.timings {
+            timings.iter_mut().for_each(|t| *t = 0.0);
+            for ((_, kernel), pair) in self.schedule.work.iter().zip(moments.windows(2)) {
+                timings[*kernel] += pair[1] - pair[0];
+            }
+        }
+        self.check_ids()
+    }
+
+    fn check_ids(&self) -> Result<(), ExecuteError> {
+        let mut flag = [0; 4];
+        self.machine.download(self.control + control::BAD_ID as u64, &mut flag)?;
+        if flag == [0; 4] { Ok(()) } else { Err(ExecuteError::BadId) }
+    }
+
+    /// A result of the last run, contiguous.
+    pub fn output(&self, name: &str) -> Result<Option<Vec<f32>>, ExecuteError> {
+        let Some((_, operand)) = self.plan.outputs.iter().find(|(n, _)| n == name) else { return Ok(None) };
+        let at = Places::new(&self.plan).of(operand.source).ok_or(ScheduleError::NoPlace(operand.source))?;
+        let element = self.plan.storage[operand.source as usize];
+        let base = match at.block {
+            Block::Arena => self.arena,
+            Block::Leaf(index) => self.leaves[index],
+            Block::Scratch | Block::Control => return Ok(None),
+        };
+        let address = base + (at.offset + operand.offset * element.bytes()) as u64;
+        Ok(Some(download(&self.machine, address, elements(operand), element)?))
+    }
+}
+
+/// The launches of a schedule.
+pub fn launches(schedule: &Schedule) -> impl Iterator<Item = &Launch> {
+    schedule.work.iter().map(|(Work::Launch(launch), _)| launch)
+}
+
+fn elements(view: &Operand) -> usize {
+    view.dims.iter().map(|d| d.0).product()
+}
+
+fn check_size(name: &str, expected: usize, got: usize) -> Result<(), ExecuteError> {
+    match expected == got {
+        true => Ok(()),
+        false => Err(ExecuteError::Size { name: name.into(), expected, got }),
+    }
+}

@@ -1,0 +1,101 @@
+//! What a compiled program is on a GPU: launches of rendered kernels over planned memory, in order.
+
+use clip_host_plugin_api::ir::NodeId;
+
+/// A piece of device memory that is taken once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Block {
+    /// The plan's arena.
+    Arena,
+    /// The memory of one of the plan's leaves, by its index in [`Plan::leaves`](clip_host_compiler::plan::Plan::leaves).
+    Leaf(usize),
+    /// What one kernel of the plan leaves for its own later launches: partial sums, converted operands.
+    Scratch,
+    /// The step's seed and the error flags: see [`control`].
+    Control,
+}
+
+/// The control block's layout.
+pub mod control {
+    /// Byte offset of the seed, a u64.
+    pub const SEED: usize = 0;
+    /// Byte offset of the flag that is set when an id lies outside its table, a u32.
+    pub const BAD_ID: usize = 8;
+    /// Bytes of the block.
+    pub const BYTES: usize = 64;
+}
+
+/// A place in a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address {
+    pub block: Block,
+    /// In bytes.
+    pub offset: usize,
+}
+
+impl Address {
+    /// The address `bytes` further.
+    pub fn plus(self, bytes: usize) -> Address {
+        Address { offset: self.offset + bytes, ..self }
+    }
+}
+
+/// What a launch does with an argument's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    Read,
+    /// Every byte of the range is written; what was there before is not read.
+    Write,
+    /// Parts of it are written, or it is read and written.
+    Update,
+}
+
+/// One argument of a launch: always memory. Sizes are part of the kernel's text.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Argument {
+    pub at: Address,
+    /// From the address on, how far the launch may reach.
+    pub bytes: usize,
+    pub access: Access,
+    /// What the address must be a multiple of: the widest access.
+    pub align: usize,
+    /// Whose value it is; none for scratch and control.
+    pub node: Option<NodeId>,
+}
+
+/// Work for the GPU: `grid` blocks of `block` threads of one function.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Launch {
+    /// Index in [`Schedule::functions`].
+    pub function: usize,
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    pub arguments: Vec<Argument>,
+    /// Whether elements may be read and written through two arguments: each by the thread that read it.
+    pub in_place: bool,
+}
+
+/// A kernel's text. Equal texts are one function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Unique among the functions of any program: it contains the text's hash.
+    pub name: String,
+    /// CUDA C, without the [prelude](crate::render::PRELUDE).
+    pub text: String,
+}
+
+/// One piece of work, in stream order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Work {
+    Launch(Launch),
+}
+
+/// A program for the GPU.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Schedule {
+    pub functions: Vec<Function>,
+    /// The work, with the index of the plan's kernel that it belongs to.
+    pub work: Vec<(Work, usize)>,
+    /// Bytes of scratch.
+    pub scratch: usize,
+}
