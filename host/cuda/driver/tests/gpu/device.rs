@@ -1,7 +1,7 @@
 //! Memory, copies, kernels, events, graphs.
 
 use crate::{Random, bytes, gpu, numbers};
-use clip_host_cuda_driver::compile::compile;
+use clip_host_cuda_driver::compile::{compile, version};
 use clip_host_cuda_driver::{CudaError, Device, Event, Queue};
 
 const KERNELS: &str = r#"
@@ -16,12 +16,12 @@ extern "C" __global__ void spin(unsigned long long cycles) {
 }
 
 extern "C" __global__ void shared_sum(float *y, const float *x, long long n) {
-    extern __shared__ float all[];
-    for (long long i = threadIdx.x; i < n; i += blockDim.x) all[i] = x[i];
+    extern __shared__ float values[];
+    for (long long i = threadIdx.x; i < n; i += blockDim.x) values[i] = x[i];
     __syncthreads();
     if (threadIdx.x == 0) {
         float sum = 0;
-        for (long long i = 0; i < n; i++) sum += all[i];
+        for (long long i = 0; i < n; i++) sum += values[i];
         *y = sum;
     }
 }
@@ -39,6 +39,15 @@ fn axpy(device: &Device, axpy: &clip_host_cuda_driver::Function, y: u64, x: u64,
     let args = [y, x, count as u64, u64::from(factor.to_bits())];
     // SAFETY: the kernel takes these four parameters; every caller's memory holds `count` floats and outlives the work.
     unsafe { device.launch(axpy, grid(count), [256, 1, 1], 0, &args, Queue::Compute) }.unwrap();
+}
+
+/// The kernels of these tests compile also where there is no GPU to run them.
+#[test]
+fn the_kernels_compile() {
+    match version() {
+        Ok(_) => assert!(compile(KERNELS, (9, 0), &["--fmad=false"]).unwrap().starts_with(b"\x7fELF")),
+        Err(error) => println!("the_kernels_compile: SKIPPED: {error}"),
+    }
 }
 
 #[test]
