@@ -66,13 +66,20 @@ fn evaluate(
     Ok(results)
 }
 
-/// The number that [`Op::Random`] has at an element: SplitMix64 over (seed, stream, index), the top 24 bits.
+/// The number that [`Op::Random`] has at an element: the top 24 bits of its [`word`], as a fraction.
 pub fn uniform(seed: u64, stream: u32, index: u64) -> f64 {
+    (word(seed, stream, index) >> 40) as f64 / (1u64 << 24) as f64
+}
+
+/// The 64 random bits of an element: SplitMix64 over (seed, stream, index).
+#[inline(always)]
+pub fn word(seed: u64, stream: u32, index: u64) -> u64 {
     let key = mix(seed ^ mix(u64::from(stream).wrapping_add(0x9e37_79b9_7f4a_7c15)));
-    (mix(key ^ index.wrapping_mul(0xd134_2543_de82_ef95)) >> 40) as f64 / (1u64 << 24) as f64
+    mix(key ^ index.wrapping_mul(0xd134_2543_de82_ef95))
 }
 
 /// The finaliser of SplitMix64 (Steele, Lea and Flood 2014).
+#[inline]
 pub fn mix(mut z: u64) -> u64 {
     z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -9,7 +9,8 @@ use std::ops::Range;
 pub enum Element {
     F32,
     I32,
-    /// The upper half of an f32, rounded to nearest even when it is written: activations in mixed precision.
+    /// The upper half of an f32, rounded when it is written as its [`Rounding`] says: activations in mixed precision, and
+    /// persistent tensors that are [kept in half precision](crate::kept).
     Bf16,
 }
 
@@ -109,6 +110,45 @@ pub enum Store {
     MaxAll,
 }
 
+/// How a result is rounded to what its element can hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Rounding {
+    /// To the nearest value, of two the one whose last bit is even.
+    #[default]
+    Nearest,
+    /// Up or down at random, with probabilities that make the mean exact: [`stochastic_bf16`] of the value and of
+    /// [`word`](clip_host_plugin_api::interpret::word)`(seed, stream, first + i)`, where `seed` is the run's, as for
+    /// [`Instr::Random`], and `i` is the element's number in the result. Only of [`Element::Bf16`] and [`Store::Each`],
+    /// for tensors that stay from step to step: what is rounded to nearest there never takes a step that is smaller than
+    /// half the distance of two neighbours, however often it is repeated.
+    Stochastic {
+        /// No other result of the program has it, and no [`Instr::Random`].
+        stream: u32,
+        /// The number of the result's first element: not 0 if it is a part of a larger tensor.
+        first: usize,
+    },
+}
+
+/// The bits of the bf16 that a value is rounded to at random. The top 16 bits of `word` are added below the bits that are
+/// kept, as if to the magnitude's own lower half, which is then cut off: so the two neighbours' probabilities are as the
+/// value's distances from the other one. Exact:
+/// - infinities, and all values that bf16 has, are kept as they are;
+/// - finite values stay finite: beyond the largest bf16, 0x7f7f, they are that one;
+/// - subnormal values, and zero of either sign, are +0, as in all tensors that stay from step to step;
+/// - NaN is the upper half of its bits with the quiet bit, 0x0040, set.
+#[inline(always)]
+pub fn stochastic_bf16(value: f32, word: u64) -> u16 {
+    const INFINITY: u32 = 0x7f80_0000;
+    const SMALLEST: u32 = 0x0080_0000;
+    let bits = value.to_bits();
+    let (sign, magnitude) = (bits >> 16 & 0x8000, bits & 0x7fff_ffff);
+    let random = (word >> 48) as u32;
+    let finite = sign | ((magnitude + random) >> 16).min(0x7f7f);
+    let special = if magnitude > INFINITY { bits >> 16 | 0x40 } else { bits >> 16 };
+    let large = if magnitude < INFINITY { finite } else { special };
+    (if magnitude < SMALLEST { 0 } else { large }) as u16
+}
+
 /// A result in memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Output {
@@ -117,6 +157,8 @@ pub struct Output {
     pub store: Store,
     /// Registers hold floats; other results are converted when they are stored.
     pub dtype: Element,
+    /// How, where that loses digits.
+    pub rounding: Rounding,
 }
 
 /// A fused kernel.
@@ -259,6 +301,53 @@ impl Kernel {
             }
             Kernel::Copy { node, .. } => format!("copy {:?}", nodes[*node as usize].shape),
             Kernel::Store { leaf, .. } => format!("store {:?}", nodes[*leaf as usize].shape),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Words that give each of the 2¹⁶ random numbers once.
+    fn words() -> impl Iterator<Item = u64> {
+        (0..1u64 << 16).map(|random| random << 48 | 0x1234_5678_9abc)
+    }
+
+    fn value(bits: u16) -> f32 {
+        f32::from_bits(u32::from(bits) << 16)
+    }
+
+    #[test]
+    fn stochastic_rounding_is_unbiased_and_takes_neighbours_only() {
+        for x in [1.000_123f32, -3.25e-9, 7.7e20, 0.999, 1.999_999_9, -1.0e-30, 1.000_000_1] {
+            let below = value((x.to_bits() >> 16) as u16);
+            let above = value((x.to_bits() >> 16) as u16 + 1);
+            let rounded: Vec<f32> = words().map(|word| value(stochastic_bf16(x, word))).collect();
+            assert!(rounded.iter().all(|&r| r == below || r == above), "{x}");
+            // Every random number has been drawn once: the mean is the value itself, not only near it.
+            let mean = rounded.iter().map(|&r| f64::from(r)).sum::<f64>() / 65536.0;
+            assert_eq!(mean, f64::from(x));
+        }
+    }
+
+    #[test]
+    fn what_bf16_has_is_kept_and_nothing_else_becomes_infinite() {
+        let largest = f32::from_bits(0x7f7f_0000);
+        for word in words().step_by(97).chain([u64::MAX, 0]) {
+            for exact in [1.0, -1.5, 3.0e38, f32::MIN_POSITIVE, -f32::MIN_POSITIVE, f32::INFINITY, f32::NEG_INFINITY] {
+                let exact = f32::from_bits(exact.to_bits() & 0xffff_0000);
+                assert_eq!(value(stochastic_bf16(exact, word)).to_bits(), exact.to_bits());
+            }
+            for (x, expected) in [(f32::MAX, largest), (f32::MIN, -largest), (largest, largest)] {
+                assert_eq!(value(stochastic_bf16(x, word)), expected);
+            }
+            for small in [0.0, -0.0, 1e-40, -1e-45, f32::from_bits(0x007f_ffff)] {
+                assert_eq!(stochastic_bf16(small, word), 0, "{small:e}");
+            }
+            for nan in [f32::NAN, f32::from_bits(0x7f80_0001), f32::from_bits(0xffff_ffff)] {
+                assert!(value(stochastic_bf16(nan, word)).is_nan());
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 pub mod cost;
 pub mod decompose;
 pub mod fuse;
+pub mod kept;
 pub mod kernel;
 pub mod layout;
 pub mod lower;

@@ -1,7 +1,7 @@
 //! From units to kernels: instruction lists and operands with strides.
 
 use crate::fuse::{Fusion, Space, Unit, boundaries};
-use crate::kernel::{Element, Fused, Input, Instr, Kernel, Operand, Output, Pattern, Rank, Reg, Store};
+use crate::kernel::{Element, Fused, Input, Instr, Kernel, Operand, Output, Pattern, Rank, Reg, Rounding, Store};
 use crate::module::{Class, Module, class, reduction};
 use crate::view::{View, merge, split};
 use clip_host_plugin_api::ir::{NodeId, Op};
@@ -338,7 +338,7 @@ impl<'a> Lowering<'a> {
             .into_iter()
             .map(|(target, value, store)| {
                 let dtype = self.storage[target as usize];
-                Output { target, value: new[value], store, dtype }
+                Output { target, value: new[value], store, dtype, rounding: Rounding::Nearest }
             })
             .collect();
         let nodes = self.unit.body.iter().copied().collect();

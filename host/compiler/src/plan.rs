@@ -1,6 +1,7 @@
 //! The plan: kernels in order, and the place of every value. Made once; a step only runs it.
 
 use crate::fuse::{Fusion, fuse};
+use crate::kept::{Halves, Kept};
 use crate::kernel::{Element, Kernel, Operand, Pattern, Rank, Store};
 use crate::lower::{LowerError, lower};
 use crate::memory::{Life, pack};
@@ -66,8 +67,14 @@ pub fn compile(program: &mut Program) -> Result<Plan, CompileError> {
     compile_with(program, Precision::F32)
 }
 
-/// Compiles a program: the visible list of passes, then fusion, precision, schedule and memory.
+/// Compiles a program whose persistent tensors are all f32.
 pub fn compile_with(program: &mut Program, precision: Precision) -> Result<Plan, CompileError> {
+    compile_kept(program, precision, &Halves::new())
+}
+
+/// Compiles a program: the visible list of passes, then fusion, precision, schedule and memory. `halves` are the leaves that
+/// are kept in bf16.
+pub fn compile_kept(program: &mut Program, precision: Precision, halves: &Halves) -> Result<Plan, CompileError> {
     program.run("decompose", crate::decompose::Decompose)?;
     program.run("simplify", crate::simplify::Simplify)?;
     program.run("moments", crate::moments::FindMoments)?;
@@ -76,17 +83,30 @@ pub fn compile_with(program: &mut Program, precision: Precision) -> Result<Plan,
     if let Some(node) = module.nodes.iter().find(|n| n.elements() == 0) {
         return Err(CompileError::Empty { op: node.op.name(), shape: node.shape.clone() });
     }
+    let kept = Kept::mark(&mut module, halves, precision);
     let fusion = fuse(&module);
     let stored = stored(&module, &fusion);
-    let storage = match precision {
+    let mut storage = match precision {
         Precision::F32 => module.nodes.iter().map(|n| Element::of(n.dtype)).collect(),
         Precision::Bf16 => precision::mixed(&module, &fusion, &stored, &towers),
     };
-    plan(module, fusion, &stored, storage)
+    kept.store(&mut storage);
+    plan(module, fusion, &kept, &stored, storage)
 }
 
-fn plan(mut module: Module, fusion: Fusion, stored: &[bool], mut storage: Vec<Element>) -> Result<Plan, CompileError> {
-    let kernels = lower(&module, &fusion, stored, &storage)?;
+fn plan(
+    mut module: Module,
+    fusion: Fusion,
+    kept: &Kept,
+    stored: &[bool],
+    mut storage: Vec<Element>,
+) -> Result<Plan, CompileError> {
+    let mut kernels = lower(&module, &fusion, stored, &storage)?;
+    for kernel in &mut kernels {
+        if let Kernel::Fused(fused) = kernel {
+            kept.round(fused);
+        }
+    }
     let keys: Vec<NodeId> = fusion.units.iter().map(|u| u.roots.last().copied().unwrap_or(0)).collect();
     let mut schedule = Schedule { kernels, keys };
     let pieces = update::split(&mut module, &fusion, &mut schedule, &mut storage);

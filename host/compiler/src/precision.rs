@@ -3,7 +3,7 @@
 //! Arithmetic inside fused kernels is always f32, products accumulate in f32; what is rounded to bf16 is what is *written
 //! to memory* inside the towers: operands and results of their products and windows, and large activations. A product
 //! with a bf16 operand rounds its other one, a master weight, while it is packed. Parameters, weight gradients,
-//! statistics (every reduction), the loss and the optimizer stay f32.
+//! statistics (every reduction), the loss and the optimizer stay f32, but for what is [kept in half precision](crate::kept).
 //!
 //! As `torch.autocast` with bf16, but for two things that are more exact here: values that never leave a fused kernel
 //! are not rounded, and weight gradients are not either.
@@ -38,7 +38,7 @@ pub(crate) fn take_boundaries(module: &mut Module) -> Vec<NodeId> {
 }
 
 /// Ops that read and write bf16: products and windows.
-fn is_product(op: &Op) -> bool {
+pub(crate) fn is_product(op: &Op) -> bool {
     matches!(op, Op::Matmul | Op::Conv2d(_) | Op::Conv2dInputGrad(_) | Op::Conv2dWeightGrad(_)) || is_window(op)
 }
 

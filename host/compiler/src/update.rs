@@ -7,7 +7,7 @@
 //! norm, the pieces merely run one after the other.
 
 use crate::fuse::Fusion;
-use crate::kernel::{Element, Fused, Input, Instr, Kernel, Operand, Output, Pattern, Rank, Store};
+use crate::kernel::{Element, Fused, Input, Instr, Kernel, Operand, Output, Pattern, Rank, Rounding, Store};
 use crate::module::Module;
 use clip_host_plugin_api::ir::{DType, Node, NodeId, Op};
 use std::collections::{BTreeSet, HashMap};
@@ -214,6 +214,10 @@ impl Cut {
                 let size = if output.store == Store::Each { len } else { 1 };
                 output.target = add(module, storage, Op::Reshape, vec![original], size, output.dtype);
                 if output.store == Store::Each {
+                    // Random numbers go by the leaf's elements: the same ones, cut or whole.
+                    if let Rounding::Stochastic { first, .. } = &mut output.rounding {
+                        *first += start;
+                    }
                     let leaf = self.leaves[&original];
                     values.push(Piece { kernel: made.len(), leaf, value: output.target, start });
                     continue;

@@ -8,7 +8,9 @@ use clip_host_cpu_kernels as kernels;
 use clip_host_cpu_kernels::elements::{narrowed, widened};
 use clip_host_cpu_kernels::{ConvShape, Elements, ElementsMut, Gemm, Pool2dShape, ThreadPool};
 use clip_host_plugin_api::ir::{Conv, DType, Layout, NodeId, Op, Pool};
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 use thiserror::Error;
@@ -34,31 +36,79 @@ pub enum ExecuteError {
 #[derive(Default)]
 pub struct Store {
     names: HashMap<String, usize>,
-    buffers: Vec<Buffer>,
+    tensors: Vec<Tensor>,
+}
+
+/// A tensor of the store.
+struct Tensor {
+    buffer: Buffer,
+    elements: usize,
+    element: Element,
 }
 
 impl Store {
-    /// The index of a tensor, made (zero) if it is not there.
+    /// The index of an f32 tensor, made (zero) if it is not there.
     pub fn entry(&mut self, name: &str, len: usize) -> usize {
+        self.entry_of(name, len, Element::F32)
+    }
+
+    /// As [`Store::entry`], of a tensor that is kept as `element` if it is made.
+    pub fn entry_of(&mut self, name: &str, len: usize, element: Element) -> usize {
         if let Some(&index) = self.names.get(name) {
             return index;
         }
-        self.buffers.push(Buffer::new(len));
-        self.names.insert(name.into(), self.buffers.len() - 1);
-        self.buffers.len() - 1
+        let buffer = Buffer::new((len * element.bytes()).div_ceil(4));
+        self.tensors.push(Tensor { buffer, elements: len, element });
+        self.names.insert(name.into(), self.tensors.len() - 1);
+        self.tensors.len() - 1
     }
 
+    fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.names.get(name).map(|&index| &self.tensors[index])
+    }
+
+    /// The values of an f32 tensor.
     pub fn get(&self, name: &str) -> Option<&[f32]> {
-        self.names.get(name).map(|&i| self.buffers[i].as_slice())
+        self.tensor(name).filter(|t| t.element == Element::F32).map(|t| t.buffer.as_slice())
     }
 
+    /// As [`Store::get`], to be changed.
     pub fn get_mut(&mut self, name: &str) -> Option<&mut [f32]> {
-        self.names.get(name).map(|&i| self.buffers[i].as_mut_slice())
+        let index = *self.names.get(name)?;
+        let tensor = &mut self.tensors[index];
+        (tensor.element == Element::F32).then(|| tensor.buffer.as_mut_slice())
+    }
+
+    /// Some values of a tensor, whatever it is kept as; `None` if it is not there, or has fewer.
+    pub fn values(&self, name: &str, range: Range<usize>) -> Option<Cow<'_, [f32]>> {
+        let tensor = self.tensor(name).filter(|t| range.end <= t.elements)?;
+        Some(match tensor.element {
+            Element::Bf16 => tensor.buffer.as_bf16()[range].iter().map(|&v| widened(v)).collect(),
+            _ => Cow::Borrowed(&tensor.buffer.as_slice()[range]),
+        })
+    }
+
+    /// Sets the values of a tensor from element `start` on, rounded to the nearest that it can hold. False if it is not
+    /// there, or ends before them.
+    pub fn set(&mut self, name: &str, start: usize, values: &[f32]) -> bool {
+        let Some(&index) = self.names.get(name) else { return false };
+        let tensor = &mut self.tensors[index];
+        if start + values.len() > tensor.elements {
+            return false;
+        }
+        match tensor.element {
+            Element::Bf16 => {
+                let to = &mut tensor.buffer.as_mut_bf16()[start..];
+                to.iter_mut().zip(values).for_each(|(to, &value)| *to = narrowed(value));
+            }
+            _ => tensor.buffer.as_mut_slice()[start..start + values.len()].copy_from_slice(values),
+        }
+        true
     }
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
-        self.buffers.iter().map(|b| b.len() * 4).sum()
+        self.tensors.iter().map(|t| t.buffer.len() * 4).sum()
     }
 }
 
@@ -128,8 +178,12 @@ impl Executor {
             let elements = node.elements();
             leaves.push(match &node.op {
                 Op::Param { name, .. } | Op::State { name, .. } => {
-                    let entry = store.entry(name, elements);
-                    check_size(name, store.buffers[entry].len(), elements)?;
+                    let entry = store.entry_of(name, elements, plan.storage[id as usize]);
+                    let tensor = &store.tensors[entry];
+                    check_size(name, tensor.elements, elements)?;
+                    if tensor.element != plan.storage[id as usize] {
+                        return Err(ExecuteError::Store);
+                    }
                     Leaf::Stored(entry)
                 }
                 Op::Literal { values } => {
@@ -272,8 +326,13 @@ impl Executor {
             *block = match leaf {
                 Leaf::Own(buffer) => buffer.as_ptr() as usize,
                 // A store that this executor was not made with is refused: its memory may be smaller.
-                Leaf::Stored(index) => match store.buffers.get(*index) {
-                    Some(buffer) if buffer.len() >= plan.nodes[id as usize].elements() => buffer.as_ptr() as usize,
+                Leaf::Stored(index) => match store.tensors.get(*index) {
+                    Some(tensor)
+                        if tensor.elements >= plan.nodes[id as usize].elements()
+                            && tensor.element == plan.storage[id as usize] =>
+                    {
+                        tensor.buffer.as_ptr() as usize
+                    }
                     _ => return Err(ExecuteError::Store),
                 },
             };
@@ -309,7 +368,7 @@ impl Executor {
             0 => &self.arena,
             leaf => match &self.leaves[leaf - 1] {
                 Leaf::Own(buffer) => buffer,
-                Leaf::Stored(index) => store.buffers.get(*index)?,
+                Leaf::Stored(index) => &store.tensors.get(*index)?.buffer,
             },
         };
         let start = address.offset / element.bytes();
@@ -446,7 +505,7 @@ unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, see
                     }
                     Op::Gather => {
                         let width = sizes(view(0))[1..].iter().product();
-                        kernels::gather_rows(pool, inputs[0].single(op, memory)?, width, ids(1), single(op, out)?)?;
+                        kernels::gather_rows(pool, input(0), width, ids(1), single(op, out)?)?;
                     }
                     Op::ScatterAdd => {
                         let (rows, out) = (inputs[1].single(op, memory)?, single(op, out)?);

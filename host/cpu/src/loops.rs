@@ -20,6 +20,7 @@ pub struct Loops {
     pub to_integers: unsafe fn(Arg, *mut i32, usize),
     pub widen: unsafe fn(*const bf16, *mut f32, usize),
     pub narrow: unsafe fn(Arg, *mut bf16, usize),
+    pub narrow_at_random: unsafe fn(Arg, (u64, u32, u64), *mut bf16, usize),
     /// [`tape::stream`] of f32 and of bf16.
     pub stream_single: unsafe fn(Arg, *mut f32, usize),
     pub stream_half: unsafe fn(Arg, *mut bf16, usize),
@@ -61,6 +62,7 @@ macro_rules! table {
                 to_integers,
                 widen,
                 narrow,
+                narrow_at_random,
                 stream_single,
                 stream_half,
                 uniform,
@@ -82,6 +84,7 @@ macro_rules! table {
             table!(@ $($features)?; to_integers(a: Arg, out: *mut i32, n: usize));
             table!(@ $($features)?; widen(a: *const bf16, out: *mut f32, n: usize));
             table!(@ $($features)?; narrow(a: Arg, out: *mut bf16, n: usize));
+            table!(@ $($features)?; narrow_at_random(a: Arg, key: (u64, u32, u64), out: *mut bf16, n: usize));
             table!(@ $($features)?; stream_single(a: Arg, out: *mut f32, n: usize));
             table!(@ $($features)?; stream_half(a: Arg, out: *mut bf16, n: usize));
             table!(@ $($features)?; uniform(seed: u64, stream: u32, first: u64, out: *mut f32, n: usize));
@@ -168,6 +171,9 @@ mod tests {
                 assert!(out.iter().zip(&small).all(|(o, s)| *o == if s.is_normal() { *s } else { 0.0 }));
                 keep(&out);
                 (l.narrow)(x, half.as_mut_ptr(), 777);
+                (l.widen)(half.as_ptr(), out.as_mut_ptr(), 777);
+                keep(&out);
+                (l.narrow_at_random)(x, (7, 1 << 31, 11), half.as_mut_ptr(), 777);
                 (l.widen)(half.as_ptr(), out.as_mut_ptr(), 777);
                 keep(&out);
                 (l.stream_half)(y, half.as_mut_ptr(), 777);

@@ -1,9 +1,10 @@
 //! The instructions of a fused kernel over one tile: plain loops over short vectors in the first cache.
 
 use crate::math;
+use clip_host_compiler::kernel::stochastic_bf16;
 use clip_host_cpu_kernels::bf16;
 use clip_host_cpu_kernels::elements::{narrowed, widened};
-use clip_host_plugin_api::interpret::mix;
+use clip_host_plugin_api::interpret::{mix, word};
 use clip_host_plugin_api::ir::{Binary, Compare, Unary};
 
 /// An operand of a loop: a vector, or one value for all its elements.
@@ -128,6 +129,22 @@ pub unsafe fn narrow(a: Arg, out: *mut bf16, n: usize) {
         match a {
             Arg::Vector(a) => (0..n).for_each(|i| *out.add(i) = narrowed(*a.add(i))),
             Arg::Value(a) => (0..n).for_each(|i| *out.add(i) = narrowed(a)),
+        }
+    }
+}
+
+/// Writes bf16, [rounded at random](stochastic_bf16): element `i` by the word of (seed, stream, `first + i`).
+///
+/// # Safety
+/// As [`map1`].
+#[inline(always)]
+pub unsafe fn narrow_at_random(a: Arg, (seed, stream, first): (u64, u32, u64), out: *mut bf16, n: usize) {
+    let round = |value: f32, i: usize| bf16::from_bits(stochastic_bf16(value, word(seed, stream, first + i as u64)));
+    // SAFETY: i < n in each loop.
+    unsafe {
+        match a {
+            Arg::Vector(a) => (0..n).for_each(|i| *out.add(i) = round(*a.add(i), i)),
+            Arg::Value(a) => (0..n).for_each(|i| *out.add(i) = round(a, i)),
         }
     }
 }

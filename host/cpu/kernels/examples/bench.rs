@@ -325,7 +325,7 @@ fn memory(pool: &ThreadPool) {
 
     let (table, ids) = (values(30_522 * 768), (0..480).map(|at| at * 61 % 30_522).collect::<Vec<i32>>());
     let (mut rows, mut grad) = (vec![0f32; 480 * 768], table.clone());
-    let seconds = fastest(|| gather_rows(pool, &table, 768, &ids, black_box(&mut rows)).unwrap_or(()));
+    let seconds = fastest(|| gather_rows(pool, F32(&table), 768, &ids, black_box(&mut rows)).unwrap_or(()));
     bandwidth("gather", rows.len() * 4, seconds);
     let seconds = fastest(|| scatter_add_rows(pool, &rows, 768, &ids, black_box(&mut grad)).unwrap_or(()));
     bandwidth("scatter add", rows.len() * 4, seconds);

@@ -1,5 +1,6 @@
 //! Rows of a table by number: lookup, scatter-add and scatter-assign.
 
+use crate::elements::{Elements, widened};
 use crate::threads::{SharedMut, ThreadPool};
 
 /// A row number that is outside the table.
@@ -35,7 +36,7 @@ fn check(operation: &'static str, table: usize, width: usize, ids: &[i32], rows:
     }
 }
 
-/// `out[i, :] = table[ids[i], :]`, with rows of `width` elements.
+/// `out[i, :] = table[ids[i], :]`, with rows of `width` elements, which become f32.
 ///
 /// # Errors
 /// If an id is outside the table; `out` is untouched then.
@@ -45,7 +46,7 @@ fn check(operation: &'static str, table: usize, width: usize, ids: &[i32], rows:
 /// invariants.
 pub fn gather_rows(
     pool: &ThreadPool,
-    table: &[f32],
+    table: Elements,
     width: usize,
     ids: &[i32],
     out: &mut [f32],
@@ -57,7 +58,11 @@ pub fn gather_rows(
         // SAFETY: each task has its own rows.
         let out = unsafe { out.slice(task * ROWS * width, ids.len() * width) };
         for (out, &id) in out.chunks_exact_mut(width).zip(ids) {
-            out.copy_from_slice(&table[id as usize * width..][..width]);
+            let row = id as usize * width..(id as usize + 1) * width;
+            match table {
+                Elements::F32(table) => out.copy_from_slice(&table[row]),
+                Elements::Bf16(table) => out.iter_mut().zip(&table[row]).for_each(|(o, &v)| *o = widened(v)),
+            }
         }
     });
     Ok(())

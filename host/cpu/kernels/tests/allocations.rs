@@ -82,7 +82,7 @@ fn nothing_is_allocated_after_the_first_step() {
         max_pool2d_backward(&pool, &windows, x, y, ElementsMut::F32(&mut other));
         let (from, to) = (Elements::F32(&other), ElementsMut::F32(&mut input));
         copy_strided(&pool, &[2, 32, 196], &[6272, 1, 32], from, to);
-        gather_rows(&pool, &table, 64, &ids, &mut rows).unwrap();
+        gather_rows(&pool, Elements::F32(&table), 64, &ids, &mut rows).unwrap();
         scatter_add_rows(&pool, &rows, 64, &ids, &mut table).unwrap();
         let (left, right) = (Elements::F32(&a), Elements::F32(&b));
         gemm(&pool, &Gemm::contiguous(200, 300, 2000), left, right, ElementsMut::F32(&mut c));

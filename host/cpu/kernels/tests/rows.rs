@@ -3,7 +3,7 @@
 mod common;
 
 use clip_host_cpu_kernels::{
-    Elements, ElementsMut, RowError, ThreadPool, copy_strided, fill, gather_rows, scatter_add_rows, scatter_rows,
+    Elements, ElementsMut, RowError, ThreadPool, bf16, copy_strided, fill, gather_rows, scatter_add_rows, scatter_rows,
 };
 use common::{Kind, Random, Tensor, assert_close, on_every_pool};
 
@@ -27,10 +27,19 @@ fn gather_and_scatter() {
         }
         for (isa, got) in on_every_pool(|pool| {
             let mut out = vec![9.0; count * width];
-            gather_rows(pool, &table, width, &ids, &mut out).unwrap();
+            gather_rows(pool, Elements::F32(&table), width, &ids, &mut out).unwrap();
             out
         }) {
             assert_close(&format!("gather {isa:?}"), &got, &gathered, 0.0);
+        }
+        let halves: Vec<bf16> = table.iter().map(|&value| bf16::from_f32(value)).collect();
+        let rounded: Vec<f64> = gathered.iter().map(|&value| bf16::from_f32(value as f32).to_f64()).collect();
+        for (isa, got) in on_every_pool(|pool| {
+            let mut out = vec![9.0; count * width];
+            gather_rows(pool, Elements::Bf16(&halves), width, &ids, &mut out).unwrap();
+            out
+        }) {
+            assert_close(&format!("gather of bf16 {isa:?}"), &got, &rounded, 0.0);
         }
         for (isa, got) in on_every_pool(|pool| {
             let mut out = table.clone();
@@ -53,7 +62,7 @@ fn gather_and_scatter() {
 fn ids_outside_the_table_are_errors() {
     let pool = ThreadPool::new(2);
     let mut table = vec![1.0; 6];
-    let error = gather_rows(&pool, &table, 2, &[0, 3], &mut [0.0; 4]).unwrap_err();
+    let error = gather_rows(&pool, Elements::F32(&table), 2, &[0, 3], &mut [0.0; 4]).unwrap_err();
     assert_eq!(error, RowError { operation: "gather", position: 1, id: 3, rows: 3 });
     assert!(error.to_string().contains("id 3 at position 1"), "{error}");
     assert!(error.to_string().contains("hint:"), "{error}");

@@ -17,7 +17,7 @@ use crate::pairs::{Pair, find_pairs};
 use crate::streams::Stream;
 use crate::tape::{self, Arg};
 use crate::walk::{Cols, Rows, read};
-use clip_host_compiler::kernel::{Element, Fused, Instr, Rank, Reg, Store};
+use clip_host_compiler::kernel::{Element, Fused, Instr, Rank, Reg, Rounding, Store};
 use clip_host_cpu_kernels::{Isa, ThreadPool};
 use clip_host_plugin_api::ir::NodeId;
 use group::Group;
@@ -99,6 +99,7 @@ struct Out {
     value: usize,
     store: Store,
     element: Element,
+    rounding: Rounding,
     /// Written by its instruction already.
     direct: bool,
     /// Too large for a cache: written past it.

@@ -3,7 +3,7 @@
 use super::{Load, Out, Program, STREAM, Source};
 use crate::memory::Address;
 use crate::walk::{Cols, Rows, table};
-use clip_host_compiler::kernel::{Element, Fused, Instr, Output, Pattern, Rank, Store};
+use clip_host_compiler::kernel::{Element, Fused, Instr, Output, Pattern, Rank, Rounding, Store};
 use clip_host_plugin_api::ir::NodeId;
 
 impl Program {
@@ -62,6 +62,7 @@ impl Program {
                 value: output.value,
                 store: output.store,
                 element: output.dtype,
+                rounding: output.rounding,
                 direct: false,
                 streamed: self.is_streamed(kernel, output, place),
                 partial,
@@ -81,6 +82,7 @@ impl Program {
         let bytes = self.rows * self.cols * output.dtype.bytes();
         let to = place(output.target);
         let is_full = output.store == Store::Each && kernel.code[output.value].1 == Rank::Full;
-        is_full && output.dtype != Element::I32 && bytes >= STREAM && to.block == 0
+        let is_nearest = output.rounding == Rounding::Nearest;
+        is_full && is_nearest && output.dtype != Element::I32 && bytes >= STREAM && to.block == 0
     }
 }

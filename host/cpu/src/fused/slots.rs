@@ -6,7 +6,7 @@ use crate::memory::Address;
 use crate::pairs::Pair;
 use crate::streams::Stream;
 use crate::tape;
-use clip_host_compiler::kernel::{Element, Fused, Instr, Pattern, Rank, Store};
+use clip_host_compiler::kernel::{Element, Fused, Instr, Pattern, Rank, Rounding, Store};
 use clip_host_compiler::lower::operands;
 use clip_host_plugin_api::ir::NodeId;
 use std::collections::HashMap;
@@ -133,6 +133,8 @@ impl Program {
     /// Whether a loop can write a result itself.
     fn is_loops_own(&self, out: &Out) -> bool {
         match (out.store, out.element) {
+            // Random bits are drawn by the interpreter's loops.
+            _ if out.rounding != Rounding::Nearest => false,
             // Lines that are written past the caches begin where a vector does.
             (Store::Each, Element::F32 | Element::Bf16) if out.streamed => {
                 out.address.offset.is_multiple_of(64) && (self.cols.is_multiple_of(16) || self.rows == 1)

@@ -123,7 +123,11 @@ fn random(seed: u64, length: std::ops::Range<usize>) -> Random {
                 sizes.len() as NodeId - 1
             }
         };
-        kernel.outputs.push(Output { target, value, store, dtype });
+        let rounding = match (store, dtype, rng.below(2)) {
+            (Store::Each, Element::Bf16, 0) => Rounding::Stochastic { stream: 1 << 31, first: rng.below(1 << 20) },
+            _ => Rounding::Nearest,
+        };
+        kernel.outputs.push(Output { target, value, store, dtype, rounding });
     }
     random
 }

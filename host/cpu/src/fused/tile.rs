@@ -4,7 +4,7 @@ use super::{Load, Program, Run, SHORT, Slot, Source, Step, Work};
 use crate::memory::Memory;
 use crate::tape::Arg;
 use crate::walk::{Cols, Rows, iota, read};
-use clip_host_compiler::kernel::{Element, Instr, Rank, Store};
+use clip_host_compiler::kernel::{Element, Instr, Rank, Rounding, Store};
 use clip_host_cpu_kernels::bf16;
 
 /// A part of the kernel's space.
@@ -253,7 +253,7 @@ impl Program {
     /// # Safety
     /// As [`Program::run`]; `scratch` has `self.scratch` elements and belongs to this task alone.
     unsafe fn store(&self, worker: &Worker, tile: Tile, regs: &[*const f32]) {
-        let Worker { task, memory, partials, .. } = *worker;
+        let Worker { task, memory, partials, seed, .. } = *worker;
         let Tile { row, rows, col, cols } = tile;
         // SAFETY: as in `tile`.
         unsafe {
@@ -269,23 +269,29 @@ impl Program {
                 match out.store {
                     Store::Each => {
                         let start = if rank == Rank::Full { row * self.cols + col } else { row };
-                        match out.element {
-                            Element::F32 if out.streamed => {
+                        match (out.element, out.rounding) {
+                            (Element::Bf16, Rounding::Stochastic { stream, first }) => {
+                                let key = (seed, stream, (first + start) as u64);
+                                (self.loops.narrow_at_random)(value, key, memory.at::<bf16>(out.address).add(start), n);
+                            }
+                            (Element::F32, _) if out.streamed => {
                                 (self.loops.stream_single)(value, memory.at::<f32>(out.address).add(start), n);
                             }
-                            Element::Bf16 if out.streamed => {
+                            (Element::Bf16, _) if out.streamed => {
                                 (self.loops.stream_half)(value, memory.at::<bf16>(out.address).add(start), n);
                             }
-                            Element::F32 if out.is_leaf() => {
+                            (Element::F32, _) if out.is_leaf() => {
                                 (self.loops.keep)(value, memory.at::<f32>(out.address).add(start), n);
                             }
-                            Element::F32 => {
+                            (Element::F32, _) => {
                                 (self.loops.unary_identity)(value, memory.at::<f32>(out.address).add(start), n)
                             }
-                            Element::I32 => {
+                            (Element::I32, _) => {
                                 (self.loops.to_integers)(value, memory.at::<i32>(out.address).add(start), n)
                             }
-                            Element::Bf16 => (self.loops.narrow)(value, memory.at::<bf16>(out.address).add(start), n),
+                            (Element::Bf16, _) => {
+                                (self.loops.narrow)(value, memory.at::<bf16>(out.address).add(start), n)
+                            }
                         }
                     }
                     Store::SumAll | Store::MaxAll => {
