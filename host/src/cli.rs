@@ -260,6 +260,27 @@ pub struct PluginsCheckArgs {
     pub scratch: Option<PathBuf>,
 }
 
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum BackendArg {
+    /// A GPU where there is one that can be used, otherwise the CPU.
+    Auto,
+    Cpu,
+    /// The first NVIDIA GPU.
+    Cuda,
+}
+
+impl BackendArg {
+    /// As recipes write it.
+    pub fn ron(self) -> &'static str {
+        match self {
+            BackendArg::Auto => "Auto",
+            BackendArg::Cpu => "Cpu",
+            BackendArg::Cuda => "Cuda(device: 0)",
+        }
+    }
+}
+
 /// Kinds of plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum KindArg {
@@ -291,6 +312,9 @@ pub struct ReplayArgs {
     /// Tensors to write, a safetensors file; replaced if it exists.
     #[arg(long = "out", value_name = "FILE")]
     pub output: PathBuf,
+    /// What computes.
+    #[arg(long, value_enum, default_value_t = BackendArg::Cpu)]
+    pub backend: BackendArg,
     /// More libraries, or folders of them, to search.
     #[arg(long, value_name = "PATH")]
     pub path: Vec<PathBuf>,
@@ -410,6 +434,9 @@ pub struct BenchStepArgs {
     /// Same as `--set data.image_size=N`.
     #[arg(long, value_name = "N")]
     pub image_size: Option<usize>,
+    /// Same as `--set backend=NAME`.
+    #[arg(long, value_enum)]
+    pub backend: Option<BackendArg>,
     /// Random images and token ids, so that no data is needed.
     #[arg(long)]
     pub synthetic: bool,

@@ -1,8 +1,9 @@
 //! From a recipe file to what commands work with.
 
-use crate::cli::SetArgs;
+use crate::cli::{BackendArg, SetArgs};
 use crate::error::CliError;
 use clip_host_data::{DataConfig, DataError};
+use clip_host_model::Device;
 use clip_host_plugins::Registry;
 use clip_host_recipe::{Recipe, RecipeErrors};
 use clip_host_train::{Plugins, assemble};
@@ -35,6 +36,21 @@ pub fn plugins_of(recipe: &Recipe, registry: &Registry) -> Result<Plugins, Recip
             found.extend(errors);
             Err(RecipeErrors(found))
         }
+    }
+}
+
+/// Where the recipe's model lives. `Auto` says which device it took, and why.
+pub fn device(recipe: &Recipe) -> Result<Device, CliError> {
+    Ok(assemble::device(recipe)?)
+}
+
+/// The device that a flag names.
+pub fn device_of(backend: BackendArg) -> Result<Device, CliError> {
+    let open = || clip_host_cuda::gpu::open(0);
+    match backend {
+        BackendArg::Cpu => Ok(Device::Cpu),
+        BackendArg::Auto => Ok(open().map_or(Device::Cpu, Device::Cuda)),
+        BackendArg::Cuda => open().map(Device::Cuda).map_err(|error| CliError::Failed(error.to_string())),
     }
 }
 

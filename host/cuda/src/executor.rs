@@ -84,11 +84,20 @@ impl Store {
         self.names.contains_key(name)
     }
 
-    /// A tensor's values.
-    pub fn get(&self, name: &str) -> Result<Option<Vec<f32>>, ExecuteError> {
+    /// Number of a tensor's elements.
+    pub fn len(&self, name: &str) -> Option<usize> {
+        self.names.get(name).map(|&index| self.tensors[index].1)
+    }
+
+    /// A part of a tensor; `None` if it is not there.
+    pub fn get(&self, name: &str, offset: usize, len: usize) -> Result<Option<Vec<f32>>, ExecuteError> {
         let Some(&index) = self.names.get(name) else { return Ok(None) };
         let (buffer, elements, element) = &self.tensors[index];
-        Ok(Some(download(&self.machine, buffer.address, *elements, *element)?))
+        if offset + len > *elements {
+            return Err(ExecuteError::Size { name: name.into(), expected: *elements, got: offset + len });
+        }
+        let at = buffer.address + (offset * element.bytes()) as u64;
+        Ok(Some(download(&self.machine, at, len, *element)?))
     }
 
     /// Sets a tensor's values from `offset` elements on.

@@ -1,5 +1,6 @@
 //! What a compiled program is on a GPU: launches of rendered kernels over planned memory, in order.
 
+use crate::render::PRELUDE;
 use clip_host_plugin_api::ir::NodeId;
 
 /// A piece of device memory that is taken once.
@@ -80,8 +81,18 @@ pub struct Launch {
 pub struct Function {
     /// Unique among the functions of any program: it contains the text's hash.
     pub name: String,
-    /// CUDA C, without the [prelude](crate::render::PRELUDE).
+    /// Parameters and body.
     pub text: String,
+    /// Threads of a block.
+    pub threads: u32,
+}
+
+impl Function {
+    /// The function as CUDA C, with what it stands on.
+    pub fn source(&self) -> String {
+        let Function { name, text, threads } = self;
+        format!("{PRELUDE}\nextern \"C\" __global__ void __launch_bounds__({threads}) {name}{text}")
+    }
 }
 
 /// One piece of work, in stream order.

@@ -4,6 +4,7 @@
 //! [`Executor`] runs them on a [`Machine`]: a GPU, or in tests an emulator that compiles the same text for the host.
 
 pub mod executor;
+pub mod gpu;
 pub mod launch;
 pub mod machine;
 pub mod render;

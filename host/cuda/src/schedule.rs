@@ -80,7 +80,7 @@ pub fn schedule(plan: &Plan) -> Result<Schedule, ScheduleError> {
 #[derive(Default)]
 struct Builder {
     schedule: Schedule,
-    known: HashMap<String, usize>,
+    known: HashMap<(String, u32), usize>,
 }
 
 impl Builder {
@@ -95,9 +95,10 @@ impl Builder {
         for argument in draft.arguments.iter().filter(|a| a.at.block == Block::Scratch) {
             schedule.scratch = schedule.scratch.max(argument.at.offset + argument.bytes);
         }
-        let function = *self.known.entry(draft.text).or_insert_with_key(|text| {
-            let name = format!("k{:016x}", hash(text));
-            schedule.functions.push(Function { name, text: text.clone() });
+        let threads = draft.block.iter().product();
+        let function = *self.known.entry((draft.text, threads)).or_insert_with_key(|(text, threads)| {
+            let name = format!("k{:016x}", hash(text) ^ u64::from(*threads));
+            schedule.functions.push(Function { name, text: text.clone(), threads: *threads });
             schedule.functions.len() - 1
         });
         let Draft { grid, block, arguments, in_place, .. } = draft;

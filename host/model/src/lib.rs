@@ -1,6 +1,7 @@
 //! Assembles encoders, loss and optimizer into one program and holds it compiled: the model as the train loop sees it.
 
 mod assemble;
+mod device;
 mod groups;
 mod init;
 mod inspect;
@@ -9,11 +10,13 @@ mod session;
 
 pub use assemble::param_names;
 pub use clip_host_compiler::precision::Precision;
+pub use device::{Device, Engine};
 pub use groups::ParamGroup;
 pub use inspect::{Buffer, KernelInfo, LeafInfo, MemoryMap, Owner, Phase, Stay, StepPlan, part};
 pub use session::Session;
 
 use clip_host_plugins::Plugin;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// A plugin with its settings.
@@ -51,6 +54,8 @@ pub struct ModelSpec {
     pub seed: u64,
     /// 0: one for each core.
     pub threads: usize,
+    /// Where the model lives.
+    pub device: Device,
 }
 
 /// One batch, borrowed.
@@ -95,7 +100,15 @@ pub struct NamedTensor<'a> {
     pub name: String,
     pub role: Role,
     pub shape: Vec<usize>,
-    pub data: &'a [f32],
+    pub data: Cow<'a, [f32]>,
+}
+
+/// A persistent tensor without its values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorInfo {
+    pub name: String,
+    pub role: Role,
+    pub shape: Vec<usize>,
 }
 
 /// Refuses a pattern of parameters' names that matches none, and groups that leave nothing to train, before anything is
@@ -124,6 +137,8 @@ pub enum ModelError {
     Compile(#[from] clip_host_compiler::plan::CompileError),
     #[error(transparent)]
     Execute(#[from] clip_host_cpu::ExecuteError),
+    #[error(transparent)]
+    Cuda(#[from] clip_host_cuda::ExecuteError),
     #[error("differentiating the loss: {0}")]
     Gradient(#[from] clip_host_plugin_api::gradient::GradientError),
     #[error("assembling the model: {0}")]

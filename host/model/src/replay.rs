@@ -1,10 +1,10 @@
 //! Runs one plugin on given tensors, through the same compiler and kernels as training: parity checks for those who port
 //! a formula from elsewhere. Names are those of the golden files.
 
+use crate::device::{Device, Engine, Runner, Tensors as Store};
 use crate::{ModelError, Part};
 use clip_host_compiler::layout::ChannelsLast;
 use clip_host_compiler::plan::compile;
-use clip_host_cpu::{Executor, Store, ThreadPool};
 use clip_host_graph::autograd::Autograd;
 use clip_host_graph::program::Program;
 use clip_host_plugin_api::encoder::{EncoderRequest, InputShape};
@@ -14,7 +14,6 @@ use clip_host_plugin_api::loss::LossRequest;
 use clip_host_plugin_api::optimizer::{OptimizerRequest, ParamInfo, ScalarsRequest};
 use clip_host_plugin_api::scheduler::{Progress, ScheduleRequest};
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 
 /// A tensor read from or written to a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -86,9 +85,9 @@ fn shape<const N: usize>(name: &str, tensor: &Tensor) -> Result<[usize; N], Mode
         .map_err(|got| ModelError::Replay(format!("`{name}`: expected {N} dimensions, got {got:?}")))
 }
 
-/// A fragment by itself, compiled for the CPU with gradients; all its numbers are f32, as in training.
+/// A fragment by itself, compiled with gradients; all its numbers are f32, as in training.
 pub struct Compiled {
-    executor: Executor,
+    executor: Runner,
     store: Store,
     /// Persistent leaves: name, shape, how the first values are drawn, whether it is a parameter.
     leaves: Vec<(String, Vec<usize>, Init, bool)>,
@@ -101,6 +100,19 @@ impl Compiled {
     /// # Errors
     /// What the compiler refuses; [`ModelError::Replay`] if there is no such output.
     pub fn new(fragment: &Fragment, seeds: &[(String, Option<String>)], wrt: &[String]) -> Result<Self, ModelError> {
+        Compiled::on(&Device::Cpu, fragment, seeds, wrt)
+    }
+
+    /// The same on a device.
+    ///
+    /// # Errors
+    /// As [`Compiled::new`].
+    pub fn on(
+        device: &Device,
+        fragment: &Fragment,
+        seeds: &[(String, Option<String>)],
+        wrt: &[String],
+    ) -> Result<Self, ModelError> {
         let mut program = Program::default();
         let spliced = program.splice(fragment, "replay", &HashMap::new(), |_, name| name.to_string())?;
         let projected: HashMap<NodeId, NodeId> = fragment.projections.iter().copied().collect();
@@ -171,15 +183,13 @@ impl Compiled {
             }
         }
         let plan = compile(&mut program)?;
-        let mut store = Store::default();
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let pool = Arc::new(ThreadPool::new(threads));
-        let executor = Executor::new(plan, pool.clone(), &mut store)?;
+        let engine = Engine::new(device.clone(), 0);
+        let mut store = Store::new(&engine);
+        let executor = Runner::new(plan, &engine, &mut store)?;
         for (name, shape, init, _) in &leaves {
-            store.entry(name, shape.iter().product());
-            if let Some(values) = store.get_mut(name) {
-                crate::init::fill(&pool, *init, 0, name, values);
-            }
+            let elements = shape.iter().product();
+            store.entry(name, elements)?;
+            store.fill(name, 0, elements, |values| crate::init::fill(&engine.pool, *init, 0, name, values))?;
         }
         Ok(Compiled { executor, store, leaves })
     }
@@ -189,15 +199,15 @@ impl Compiled {
     /// # Errors
     /// [`ModelError::TensorSize`], [`ModelError::Execute`] for values of another number. A name that is not there is none.
     pub fn set(&mut self, name: &str, values: &[f64]) -> Result<(), ModelError> {
-        if let Some(stored) = self.store.get_mut(name) {
-            if stored.len() != values.len() {
-                let (expected, got) = (format!("{} elements", stored.len()), format!("{}", values.len()));
+        let floats: Vec<f32> = values.iter().map(|&v| v as f32).collect();
+        if let Some(stored) = self.store.len(name) {
+            if stored != values.len() {
+                let (expected, got) = (format!("{stored} elements"), format!("{}", values.len()));
                 return Err(ModelError::TensorSize { name: name.into(), expected, got });
             }
-            stored.iter_mut().zip(values).for_each(|(s, &v)| *s = v as f32);
-            return Ok(());
+            return self.store.write(name, 0, &floats);
         }
-        Ok(self.executor.set_f32(name, &values.iter().map(|&v| v as f32).collect::<Vec<_>>())?)
+        self.executor.set_f32(name, &floats)
     }
 
     /// Sets an i32 input.
@@ -205,7 +215,7 @@ impl Compiled {
     /// # Errors
     /// As [`Compiled::set`].
     pub fn set_ids(&mut self, name: &str, values: &[f64]) -> Result<(), ModelError> {
-        Ok(self.executor.set_i32(name, &values.iter().map(|&v| v as i32).collect::<Vec<_>>())?)
+        self.executor.set_i32(name, &values.iter().map(|&v| v as i32).collect::<Vec<_>>())
     }
 
     /// One step: outputs, then the states' updates. `seed` is that of the random ops.
@@ -213,19 +223,23 @@ impl Compiled {
     /// # Errors
     /// What the executor refuses, an id outside its table for one.
     pub fn run(&mut self, seed: u64) -> Result<(), ModelError> {
-        Ok(self.executor.run(&mut self.store, seed)?)
+        self.executor.run(&mut self.store, seed)
     }
 
-    /// An output, metric or gradient of the last step.
+    /// An output, metric or gradient of the last step; `None` if there is none of this name, or it cannot be read.
     pub fn get(&self, output: &str) -> Option<Vec<f32>> {
-        self.executor.output(&self.store, output)
+        self.executor.output(&self.store, output).ok().flatten()
+    }
+
+    /// A parameter or state as it is; `None` if there is none of this name, or it cannot be read.
+    pub fn value(&self, name: &str) -> Option<Vec<f32>> {
+        let len = self.store.len(name)?;
+        self.store.read(name, 0, len).ok().flatten().map(std::borrow::Cow::into_owned)
     }
 
     /// Parameters and states as they are: name, shape, values.
-    pub fn kept(&self) -> impl Iterator<Item = (&str, &[usize], &[f32])> {
-        self.leaves
-            .iter()
-            .filter_map(|(name, shape, ..)| Some((name.as_str(), shape.as_slice(), self.store.get(name)?)))
+    pub fn kept(&self) -> impl Iterator<Item = (&str, &[usize], Vec<f32>)> {
+        self.leaves.iter().filter_map(|(name, shape, ..)| Some((name.as_str(), shape.as_slice(), self.value(name)?)))
     }
 }
 
@@ -252,7 +266,7 @@ impl Stacks {
 /// `image_embeddings text_embeddings`, and answers with `grad_image_embeddings grad_text_embeddings`; without them the
 /// features are the embeddings too, and their gradients have both ways in them. The data set's size is that of a `state.*` or parameter table
 /// among the inputs, else one more than the largest id.
-pub fn loss(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
+pub fn loss(device: &Device, part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
     let images = required(tensors, "image_features")?;
     let texts = required(tensors, "text_features")?;
     let [steps, batch, embed_dim] = shape("image_features", images)?;
@@ -275,7 +289,7 @@ pub fn loss(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
         _ => None,
     }));
     wrt.extend(EMBEDDINGS.iter().filter(|pair| reads(&fragment, pair.0)).map(|pair| pair.0.to_string()));
-    let mut compiled = Compiled::new(&fragment, &[("loss".into(), None)], &wrt)?;
+    let mut compiled = Compiled::on(device, &fragment, &[("loss".into(), None)], &wrt)?;
     let leaves = compiled.leaves.clone();
     let mut out = Stacks::default();
     for step in 0..steps {
@@ -326,8 +340,8 @@ pub fn loss(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
             take(metric, metric.clone(), &[]);
         }
         for (name, shape, ..) in leaves.iter().filter(|l| !l.3) {
-            if let Some(values) = compiled.store.get(name) {
-                out.push(format!("state.{name}"), shape, values);
+            if let Some(values) = compiled.value(name) {
+                out.push(format!("state.{name}"), shape, &values);
             }
         }
     }
@@ -336,7 +350,13 @@ pub fn loss(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
 
 /// `param_init.* grad.* [lr]` in, `param_after.* state.*` out; gradients and rates are stacked over steps, and without
 /// `lr` every step has the given rate. `decay` is a weight decay and the patterns of parameters that do not decay.
-pub fn optimizer(part: &Part, lr: f64, decay: (f64, &[String]), tensors: &Tensors) -> Result<Tensors, ModelError> {
+pub fn optimizer(
+    device: &Device,
+    part: &Part,
+    lr: f64,
+    decay: (f64, &[String]),
+    tensors: &Tensors,
+) -> Result<Tensors, ModelError> {
     let (weight_decay, no_decay) = decay;
     let mut out = Tensors::new();
     for (name, init) in tensors.iter().filter_map(|(n, t)| Some((n.strip_prefix("param_init.")?, t))) {
@@ -351,7 +371,7 @@ pub fn optimizer(part: &Part, lr: f64, decay: (f64, &[String]), tensors: &Tensor
         let info = ParamInfo { name: name.into(), shape: init.shape.clone(), weight_decay: decay };
         let fragment =
             part.plugin.fragment(&Request::Optimizer(OptimizerRequest { config: part.config.clone(), info }))?;
-        let mut compiled = Compiled::new(&fragment, &[], &[])?;
+        let mut compiled = Compiled::on(device, &fragment, &[], &[])?;
         let mut param = init.values();
         let mut stack = Stacks::default();
         for (step, lr) in rates.into_iter().enumerate() {
@@ -368,8 +388,8 @@ pub fn optimizer(part: &Part, lr: f64, decay: (f64, &[String]), tensors: &Tensor
         }
         out.extend(stack.finish(steps));
         for (state, shape, ..) in &compiled.leaves {
-            if let Some(values) = compiled.store.get(state) {
-                out.insert(format!("state.{state}.{name}"), Tensor::f32(shape, values.to_vec()));
+            if let Some(values) = compiled.value(state) {
+                out.insert(format!("state.{state}.{name}"), Tensor::f32(shape, values));
             }
         }
         out.insert(format!("state.step.{name}"), Tensor { shape: vec![], data: Data::I64(vec![steps as i64]) });
@@ -380,7 +400,7 @@ pub fn optimizer(part: &Part, lr: f64, decay: (f64, &[String]), tensors: &Tensor
 /// `param.*`, `input.image` or `input.input_ids [input.attention_mask]`, and `cotangent.*` in; for both modes
 /// `<mode>.output.* <mode>.loss <mode>.grad.* <mode>.grad_input.image <mode>.buffer_after.*` out. Without a mask all ids
 /// are tokens.
-pub fn encoder(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
+pub fn encoder(device: &Device, part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
     let mut out = Tensors::new();
     let image = tensors.get("input.image");
     let (batch, input) = match image {
@@ -412,7 +432,7 @@ pub fn encoder(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
             Op::Param { name, .. } => Some(name.clone()),
             _ => None,
         }));
-        let mut compiled = Compiled::new(&fragment, &seeds, &wrt)?;
+        let mut compiled = Compiled::on(device, &fragment, &seeds, &wrt)?;
         for (name, ..) in compiled.leaves.clone() {
             let given = tensors.get(&format!("param.{name}"));
             let given = given.ok_or_else(|| ModelError::Replay(format!("the input has no tensor `param.{name}`")))?;
@@ -446,12 +466,12 @@ pub fn encoder(part: &Part, tensors: &Tensors) -> Result<Tensors, ModelError> {
                 if let Some(grad) = compiled.get(&format!("grad.{name}")) {
                     out.insert(format!("{mode}.grad.{name}"), Tensor::f32(shape, grad));
                 }
-            } else if training && let Some(values) = compiled.store.get(name) {
+            } else if training && let Some(values) = compiled.value(name) {
                 let tensor = match name.ends_with("num_batches_tracked") {
                     true => {
                         Tensor { shape: shape.clone(), data: Data::I64(values.iter().map(|&v| v as i64).collect()) }
                     }
-                    false => Tensor::f32(shape, values.to_vec()),
+                    false => Tensor::f32(shape, values),
                 };
                 out.insert(format!("{mode}.buffer_after.{name}"), tensor);
             }

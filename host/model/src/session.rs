@@ -1,17 +1,18 @@
 //! The compiled model with its tensors.
 
 use crate::assemble::{ParamSlot, StateSlot, Tower, Training, evaluation, training};
+use crate::device::{Device, Engine, Runner, Tensors};
 use crate::groups::{ScalarSet, active_input, scalar_input};
 use crate::{
-    KernelInfo, ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, init, inspect,
+    KernelInfo, ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, TensorInfo, init,
+    inspect,
 };
 use clip_host_compiler::kernel::Kernel;
 use clip_host_compiler::plan::{Plan, Region};
-use clip_host_cpu::{Executor, Store, ThreadPool};
+use clip_host_cpu::ThreadPool;
 use clip_host_plugin_api::interpret::mix;
 use clip_host_plugin_api::ir::Init;
 use clip_host_plugin_api::optimizer::ScalarsRequest;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// Samples that a tower encodes at once in evaluation.
@@ -20,15 +21,15 @@ const EVAL_BATCH: usize = 64;
 /// A model, compiled.
 pub struct Session {
     spec: ModelSpec,
-    pool: Arc<ThreadPool>,
-    store: Store,
-    step: Executor,
+    engine: Engine,
+    store: Tensors,
+    step: Runner,
     params: Vec<ParamSlot>,
     states: Vec<StateSlot>,
     metrics: Vec<String>,
     sets: Vec<ScalarSet>,
-    image: Option<Executor>,
-    text: Option<Executor>,
+    image: Option<Runner>,
+    text: Option<Runner>,
     compile_ms: f64,
     init_ms: f64,
 }
@@ -37,41 +38,37 @@ impl Session {
     /// Builds and compiles everything, and gives every tensor its first value.
     pub fn new(spec: ModelSpec) -> Result<Session, ModelError> {
         let start = Instant::now();
-        let threads = match spec.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
-        let pool = Arc::new(ThreadPool::new(threads));
+        let engine = Engine::new(spec.device.clone(), spec.threads);
         let Training { plan, params, states, metrics, sets } = training(&spec)?;
-        let mut store = Store::default();
+        let mut store = Tensors::new(&engine);
         for param in &params {
             // A parameter that nothing reads still has its value.
             let length = params.iter().filter(|p| p.storage == param.storage).map(|p| p.offset + p.elements()).max();
-            store.entry(&param.storage, length.unwrap_or(0));
+            store.entry(&param.storage, length.unwrap_or(0))?;
         }
-        check_memory((plan.arena + store.bytes()) as u64)?;
+        if let Device::Cpu = engine.device {
+            check_memory((plan.arena + store.bytes()) as u64)?;
+        }
         let phases = phases(&plan);
-        let mut step = Executor::new(plan, pool.clone(), &mut store)?;
+        let mut step = Runner::new(plan, &engine, &mut store)?;
         step.set_phases(phases);
         let compile_ms = start.elapsed().as_secs_f64() * 1e3;
         tracing::debug!(kernels = step.plan().kernels.len(), compile_ms, "compiled the training step");
         let start = Instant::now();
         for param in &params {
-            if let Some(storage) = store.get_mut(&param.storage) {
-                let values = &mut storage[param.offset..param.offset + param.elements()];
-                init::fill(&pool, param.init, spec.seed, &param.name, values);
-            }
+            let fill = |values: &mut [f32]| init::fill(&engine.pool, param.init, spec.seed, &param.name, values);
+            store.fill(&param.storage, param.offset, param.elements(), fill)?;
         }
         // Memory is zero from the start: the moments of a large model need no page before the first step writes them.
         for state in states.iter().filter(|s| s.init != Init::Constant(0.0)) {
-            if let Some(values) = store.get_mut(&state.name) {
-                init::fill(&pool, state.init, spec.seed, &state.name, values);
-            }
+            let elements = state.shape.iter().product();
+            let fill = |values: &mut [f32]| init::fill(&engine.pool, state.init, spec.seed, &state.name, values);
+            store.fill(&state.name, 0, store.len(&state.name).unwrap_or(elements), fill)?;
         }
         let init_ms = start.elapsed().as_secs_f64() * 1e3;
         tracing::debug!(init_ms, "gave every tensor its first value");
         let (image, text) = (None, None);
-        Ok(Session { spec, pool, store, step, params, states, metrics, sets, image, text, compile_ms, init_ms })
+        Ok(Session { spec, engine, store, step, params, states, metrics, sets, image, text, compile_ms, init_ms })
     }
 
     /// What the session was built from.
@@ -104,17 +101,21 @@ impl Session {
             step.set_f32(&active_input(number), &[f32::from(u8::from(active))])?;
         }
         step.run(&mut self.store, mix(self.spec.seed ^ mix(input.step)))?;
-        let scalar = |name: &str| step.output(&self.store, name).and_then(|v| v.first().copied());
-        let loss = scalar("loss").unwrap_or(f32::NAN);
+        let scalar = |name: &str| -> Result<Option<f32>, ModelError> {
+            Ok(step.output(&self.store, name)?.and_then(|v| v.first().copied()))
+        };
+        let loss = scalar("loss")?.unwrap_or(f32::NAN);
         if !loss.is_finite() {
             return Err(ModelError::NotFinite { step: input.step, what: "the loss" });
         }
-        if !scalar("finite").unwrap_or(f32::NAN).is_finite() {
+        if !scalar("finite")?.unwrap_or(f32::NAN).is_finite() {
             return Err(ModelError::NotFinite { step: input.step, what: "a gradient" });
         }
-        let mut metrics: Vec<(String, f32)> =
-            self.metrics.iter().filter_map(|name| Some((name.clone(), scalar(&format!("metric.{name}"))?))).collect();
-        metrics.extend(scalar("grad_norm").map(|norm| ("grad_norm".to_string(), norm)));
+        let mut metrics = Vec::new();
+        for name in &self.metrics {
+            metrics.extend(scalar(&format!("metric.{name}"))?.map(|value| (name.clone(), value)));
+        }
+        metrics.extend(scalar("grad_norm")?.map(|norm| ("grad_norm".to_string(), norm)));
         Ok(StepOutput { loss, metrics })
     }
 
@@ -130,7 +131,7 @@ impl Session {
             block[..chunk.len()].copy_from_slice(chunk);
             tower.set_f32("images", &block)?;
             tower.run(&mut self.store, 0)?;
-            let rows = tower.output(&self.store, "features").unwrap_or_default();
+            let rows = tower.output(&self.store, "features")?.unwrap_or_default();
             all.extend_from_slice(&rows[..chunk.len() / each * self.spec.embed_dim]);
         }
         Ok(all)
@@ -152,7 +153,7 @@ impl Session {
             tower.set_i32("input_ids", &ids)?;
             tower.set_f32("attention_mask", &mask)?;
             tower.run(&mut self.store, 0)?;
-            let rows = tower.output(&self.store, "features").unwrap_or_default();
+            let rows = tower.output(&self.store, "features")?.unwrap_or_default();
             all.extend_from_slice(&rows[..id_chunk.len() / each * self.spec.embed_dim]);
         }
         Ok(all)
@@ -168,7 +169,7 @@ impl Session {
             return Ok(());
         }
         let plan = evaluation(&self.spec, &self.params, tower, EVAL_BATCH)?;
-        let executor = Executor::new(plan, self.pool.clone(), &mut self.store)?;
+        let executor = Runner::new(plan, &self.engine, &mut self.store)?;
         match tower {
             Tower::Image => self.image = Some(executor),
             Tower::Text => self.text = Some(executor),
@@ -177,15 +178,31 @@ impl Session {
     }
 
     /// Every persistent tensor, in a fixed order: parameters, states, then the optimizer's moments.
-    pub fn tensors(&self) -> Vec<NamedTensor<'_>> {
-        let mut tensors = Vec::new();
+    ///
+    /// # Errors
+    /// If they cannot be read from a GPU.
+    pub fn tensors(&self) -> Result<Vec<NamedTensor<'_>>, ModelError> {
+        let mut places = Vec::new();
         self.each_tensor(|name, role, shape, storage, offset| {
-            let elements = shape.iter().product::<usize>();
-            if let Some(data) = self.store.get(storage).and_then(|s| s.get(offset..offset + elements)) {
-                tensors.push(NamedTensor { name, role, shape: shape.to_vec(), data });
+            places.push((name, role, shape.to_vec(), storage.to_string(), offset));
+        });
+        let mut tensors = Vec::new();
+        for (name, role, shape, storage, offset) in places {
+            let data = self.store.read(&storage, offset, shape.iter().product())?;
+            tensors.extend(data.map(|data| NamedTensor { name, role, shape, data }));
+        }
+        Ok(tensors)
+    }
+
+    /// The same without the values.
+    pub fn tensor_infos(&self) -> Vec<TensorInfo> {
+        let mut infos = Vec::new();
+        self.each_tensor(|name, role, shape, storage, _| {
+            if self.store.len(storage).is_some() {
+                infos.push(TensorInfo { name, role, shape: shape.to_vec() });
             }
         });
-        tensors
+        infos
     }
 
     /// Calls `f(name, role, shape, storage, offset)` for every persistent tensor.
@@ -226,10 +243,7 @@ impl Session {
             let (expected, got) = (format!("{elements} elements"), format!("{}", data.len()));
             return Err(ModelError::TensorSize { name: name.into(), expected, got });
         }
-        if let Some(storage) = self.store.get_mut(&storage) {
-            storage[offset..offset + elements].copy_from_slice(data);
-        }
-        Ok(())
+        self.store.write(&storage, offset, data)
     }
 
     /// What the compiled step is: for `bench` and logs.
@@ -248,7 +262,7 @@ impl Session {
 
     /// From now on measures every kernel of the training step.
     pub fn time_kernels(&mut self) {
-        self.step.time_launches();
+        self.step.time_kernels();
     }
 
     /// The training step's kernels in order, each as a line of text with the seconds that it took so far (0 if they
@@ -271,12 +285,12 @@ impl Session {
 
     /// The threads that the model runs on.
     pub fn pool(&self) -> &ThreadPool {
-        &self.pool
+        &self.engine.pool
     }
 
     /// Milliseconds that the parts of the last step took.
     pub fn phases(&self) -> Phases {
-        let [forward, backward, update] = self.step.phases.map(|s| s * 1e3);
+        let [forward, backward, update] = self.step.phases().map(|s| s * 1e3);
         Phases { forward_ms: forward, backward_ms: backward, update_ms: update }
     }
 }

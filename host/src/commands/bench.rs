@@ -20,6 +20,7 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     let flags = [
         ("train.batch_size", args.batch.map(|n| n.to_string())),
         ("data.image_size", args.image_size.map(|n| n.to_string())),
+        ("backend", args.backend.map(|b| b.ron().to_string())),
     ];
     let (recipe, config) = prepare::recipe(&args.recipe, &prepare::sets(&args.set, &flags))?;
     let plugins = prepare::plugins(&recipe)?;
@@ -35,7 +36,7 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
             (Source::Loader(Box::new(loader)), data.train.num_images().max(data.train.num_texts()))
         }
     };
-    let spec = plugins.model(&recipe, &config, dataset_size);
+    let spec = plugins.model(&recipe, &config, dataset_size, prepare::device(&recipe)?);
     let mut profile = match &args.profile {
         // The file first: measuring for nothing would be a pity.
         Some(path) => Some(Profile::create(path, || {

@@ -4,6 +4,7 @@ use crate::cli::CheckArgs;
 use crate::error::CliError;
 use crate::{output, prepare};
 use clip_host_data::{Data, DataConfig, DataError};
+use clip_host_model::Device;
 use clip_host_plugin_api::encoder::{EncoderRequest, InputShape};
 use clip_host_plugin_api::export::Request;
 use clip_host_plugin_api::ir::{Fragment, Op};
@@ -196,7 +197,7 @@ fn check_model(recipe: &Recipe, plugins: &Plugins, config: &DataConfig, data: Op
         refused("scheduler", &error);
     }
     errors.extend(wrong_weights);
-    errors.extend(assemble::check_groups(recipe, &plugins.model(recipe, config, dataset_size)));
+    errors.extend(assemble::check_groups(recipe, &plugins.model(recipe, config, dataset_size, Device::Cpu)));
     if let (Some(data), Some(size)) = (data, plugins.vocab_size())
         && data.tokenizer.vocab_size() > size
     {

@@ -21,7 +21,7 @@ pub fn run(args: EvalArgs) -> Result<(), CliError> {
     let data = Data::open(&config, &prepare::base()?)?;
 
     let shape = checkpoint.state.data;
-    let spec = plugins.model(&recipe, &config, shape.images.max(shape.texts) as usize);
+    let spec = plugins.model(&recipe, &config, shape.images.max(shape.texts) as usize, prepare::device(&recipe)?);
     let mut session = Session::new(spec)?;
     let state = train_loop::restore(&mut session, &checkpoint, shape)?;
     let batch_size = recipe.eval.batch_size.unwrap_or(recipe.train.batch_size);

@@ -8,6 +8,7 @@ use crate::commands::run::{open_data, say_where, stop_on_signals};
 use crate::error::CliError;
 use crate::{output, prepare};
 use clip_host_data::{DataConfig, DataError};
+use clip_host_model::Device;
 use clip_host_plugins::Registry;
 use clip_host_recipe::{Cell, Difference, Grid, Part, Recipe, RecipeErrors, matches_pattern};
 use clip_host_train::{
@@ -168,7 +169,7 @@ fn check(tasks: &[Task]) -> Result<Findings, CliError> {
         match prepare::plugins_of(recipe, registry) {
             Ok(plugins) => {
                 // Names of parameters do not depend on the data's size, which is not known yet.
-                let spec = plugins.model(recipe, &task.config, recipe.train.batch_size);
+                let spec = plugins.model(recipe, &task.config, recipe.train.batch_size, Device::Cpu);
                 add_new(&mut found.wrong, assemble::check_groups(recipe, &spec).map(|error| error.to_string()));
             }
             Err(errors) => add_new(&mut found.wrong, errors.into_iter().map(|error| error.to_string())),
@@ -295,7 +296,8 @@ fn run_cell(task: &Task, interrupt: &Interrupt, progress: &mut Progress) -> Resu
         return Ok(state);
     }
     folder.write_recipe(&text)?;
-    let job = Job { recipe: recipe.clone(), plugins, data, folder };
+    let device = prepare::device(recipe)?;
+    let job = Job { recipe: recipe.clone(), plugins, data, folder, device };
     // A fault of the program in one cell is no reason not to run the others.
     let ended = std::panic::catch_unwind(AssertUnwindSafe(|| train(job, interrupt, progress)));
     match ended {

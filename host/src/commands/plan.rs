@@ -6,7 +6,7 @@ use crate::units::{bytes, counted, gflop, megabytes, table, wrap};
 use crate::{output, prepare};
 use clip_host_compiler::cost::{Cost, Kind};
 use clip_host_data::Data;
-use clip_host_model::{Buffer, KernelInfo, LeafInfo, MemoryMap, ModelSpec, Owner, Phase, StepPlan, part};
+use clip_host_model::{Buffer, Device, KernelInfo, LeafInfo, MemoryMap, ModelSpec, Owner, Phase, StepPlan, part};
 use serde_json::{Map, Value, json};
 
 /// Columns that the printed plan keeps to, where names allow.
@@ -30,7 +30,7 @@ pub fn run(args: &PlanArgs) -> Result<(), CliError> {
             data.train.num_images().max(data.train.num_texts())
         }
     };
-    let spec = plugins.model(&recipe, &config, dataset_size);
+    let spec = plugins.model(&recipe, &config, dataset_size, Device::Cpu);
     let plan = StepPlan::compile(&spec)?;
     if args.json {
         return output::json(&json_form(&plan, &spec));

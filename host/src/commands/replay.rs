@@ -5,8 +5,8 @@
 
 use crate::cli::{KindArg, ReplayArgs};
 use crate::error::CliError;
-use crate::output;
 use crate::settings;
+use crate::{output, prepare};
 use clip_host_model::replay::{self, Data, Tensor, Tensors};
 use clip_host_model::{ModelError, Part};
 use clip_host_plugin_api::describe::Kind;
@@ -18,10 +18,11 @@ use std::path::Path;
 pub fn run(args: &ReplayArgs) -> Result<(), CliError> {
     let part = part(args)?;
     let input = read(&args.input)?;
+    let device = prepare::device_of(args.backend)?;
     let output = match args.kind {
-        KindArg::Loss => replay::loss(&part, &input),
-        KindArg::Optimizer => replay::optimizer(&part, args.lr, (args.weight_decay, &args.no_decay), &input),
-        KindArg::Encoder => replay::encoder(&part, &input),
+        KindArg::Loss => replay::loss(&device, &part, &input),
+        KindArg::Optimizer => replay::optimizer(&device, &part, args.lr, (args.weight_decay, &args.no_decay), &input),
+        KindArg::Encoder => replay::encoder(&device, &part, &input),
         KindArg::Scheduler => replay::scheduler(&part, &progress(args), &input),
     };
     let output = output.map_err(|error| match error {

@@ -4,6 +4,7 @@ use crate::cli::RunArgs;
 use crate::error::CliError;
 use crate::{output, prepare};
 use clip_host_data::{Data, DataConfig, Position};
+use clip_host_model::Device;
 use clip_host_recipe::{Part, Recipe};
 use clip_host_train::{Interrupt, Job, Plugins, Progress, RunFolder, Summary, assemble, run_folder, train};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -14,11 +15,12 @@ pub fn run(args: RunArgs) -> Result<(), CliError> {
     let (recipe, config) = load_recipe(&args)?;
     let plugins = prepare::plugins(&recipe)?;
     let data = open_data(&recipe, &config, &plugins)?;
+    let device = prepare::device(&recipe)?;
     let folder = open_folder(&args, &recipe)?;
     let interrupt = stop_on_signals()?;
 
     let run_dir = folder.path().to_path_buf();
-    let job = Job { recipe, plugins, data, folder };
+    let job = Job { recipe, plugins, data, folder, device };
     let mut progress = Progress::new(args.json);
     let ended = train(job, &interrupt, &mut progress);
     drop(progress);
@@ -41,7 +43,7 @@ pub fn open_data(recipe: &Recipe, config: &DataConfig, plugins: &Plugins) -> Res
     // A batch larger than the data is told here too.
     data.train_loader(recipe.train.batch_size, recipe.seed, Position::default(), Some(0))?;
     let dataset_size = data.train.num_images().max(data.train.num_texts());
-    match assemble::check_groups(recipe, &plugins.model(recipe, config, dataset_size)) {
+    match assemble::check_groups(recipe, &plugins.model(recipe, config, dataset_size, Device::Cpu)) {
         Some(error) => Err(error.into()),
         None => Ok(data),
     }

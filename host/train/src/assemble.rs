@@ -3,7 +3,7 @@
 use crate::error::TrainError;
 use crate::run_folder::PluginRecord;
 use clip_host_data::DataConfig;
-use clip_host_model::{ModelError, ModelSpec, ParamGroup, Part};
+use clip_host_model::{Device, ModelError, ModelSpec, ParamGroup, Part};
 use clip_host_plugin_api::describe::Kind;
 use clip_host_plugin_api::scheduler::{Progress, ScheduleAnswer, ScheduleRequest};
 use clip_host_plugins::{ConfigError, Plugin, PluginError, Registry};
@@ -98,7 +98,7 @@ impl Plugins {
 
     /// The model of a recipe. `dataset_size` is the length of per-sample tables: the larger of the numbers of training
     /// images and captions.
-    pub fn model(&self, recipe: &Recipe, data: &DataConfig, dataset_size: usize) -> ModelSpec {
+    pub fn model(&self, recipe: &Recipe, data: &DataConfig, dataset_size: usize, device: Device) -> ModelSpec {
         ModelSpec {
             image_encoder: self.image_encoder.clone(),
             text_encoder: self.text_encoder.clone(),
@@ -120,6 +120,7 @@ impl Plugins {
             clip_grad_norm: recipe.optimizer.clip_grad_norm,
             seed: recipe.seed,
             threads: recipe.train.threads,
+            device,
         }
     }
 
@@ -200,15 +201,42 @@ pub fn config_error(recipe: &Recipe, section: &str, error: ConfigError) -> Recip
     recipe.error_at(path.trim_end_matches('.'), error.part, message, error.hint.or_else(inspect))
 }
 
-/// What a recipe asks for that this build does not have, all at once.
+/// What a recipe asks for that this machine does not have, all at once.
 pub fn check_backend(recipe: &Recipe) -> Vec<RecipeError> {
+    device(recipe).err().into_iter().collect()
+}
+
+/// The device that a recipe asks for. `Auto` takes the first GPU if driver and libraries are there, and says what it took
+/// and why.
+///
+/// # Errors
+/// If the recipe asks for a GPU and there is none, at the recipe's `backend`: with the library that was not found and where
+/// it was looked for.
+pub fn device(recipe: &Recipe) -> Result<Device, RecipeError> {
     use clip_host_recipe::Part as RecipePart;
-    let mut errors = Vec::new();
-    if let Backend::Cuda { .. } = recipe.backend {
-        let hint = "write `backend: Cpu`, or `Auto` for whatever there is".to_string();
-        errors.push(recipe.error_at("backend", RecipePart::Value, "this build has no CUDA backend", Some(hint)));
+    match recipe.backend {
+        Backend::Cpu => Ok(Device::Cpu),
+        Backend::Auto => Ok(match clip_host_cuda::gpu::open(0) {
+            Ok(gpu) => {
+                tracing::info!("backend Auto: {}, since driver and libraries are there", gpu.name());
+                Device::Cuda(gpu)
+            }
+            Err(why) => {
+                let why = why.to_string();
+                tracing::info!("backend Auto: the CPU ({})", why.lines().next().unwrap_or_default());
+                Device::Cpu
+            }
+        }),
+        Backend::Cuda { device } => match clip_host_cuda::gpu::open(device as usize) {
+            Ok(gpu) => Ok(Device::Cuda(gpu)),
+            Err(error) => {
+                let (message, hint) = split_hint(&error.to_string());
+                let hint = hint.map_or(String::new(), |h| format!("{h}; "));
+                let hint = format!("{hint}or write `backend: Cpu`, or `Auto` for whatever there is");
+                Err(recipe.error_at("backend", RecipePart::Value, message, Some(hint)))
+            }
+        },
     }
-    errors
 }
 
 /// A plugin's refusal as this crate's error.

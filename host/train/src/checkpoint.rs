@@ -335,7 +335,7 @@ mod tests {
             name: name.into(),
             role,
             shape: shape.to_vec(),
-            data,
+            data: std::borrow::Cow::Borrowed(data),
         };
         vec![
             tensor("text_encoder.z.weight", Role::Param, &[2, 3], &WEIGHT[..]),

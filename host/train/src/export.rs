@@ -51,7 +51,7 @@ fn entry<'a>(tensor: &'a NamedTensor<'_>, prefixes: &[&str], cut: bool) -> Optio
             let counts = tensor.data.iter().flat_map(|&count| (count as i64).to_le_bytes());
             (Dtype::I64, Cow::Owned(counts.collect()))
         }
-        _ => (Dtype::F32, little_endian(tensor.data)),
+        _ => (Dtype::F32, little_endian(&tensor.data)),
     };
     Some(Entry { name: if cut { rest } else { &tensor.name }, dtype, shape: &tensor.shape, data })
 }
@@ -66,7 +66,7 @@ mod tests {
 
     fn tensor(name: &str, role: Role, shape: &[usize]) -> NamedTensor<'static> {
         let data = &DATA[6 - shape.iter().product::<usize>()..];
-        NamedTensor { name: name.into(), role, shape: shape.to_vec(), data }
+        NamedTensor { name: name.into(), role, shape: shape.to_vec(), data: data.into() }
     }
 
     /// Name, type, shape and bytes of all tensors in the order of their places.
@@ -98,7 +98,7 @@ mod tests {
             tensor("optimizer.exp_avg.image_encoder.conv1.weight", Role::Optimizer, &[6]),
         ];
         tensors.push(NamedTensor {
-            data: &DATA[4..5],
+            data: DATA[4..5].into(),
             ..tensor("image_encoder.bn1.num_batches_tracked", Role::State, &[])
         });
         write(&dir, &tensors).unwrap();

@@ -115,7 +115,7 @@ impl Weights {
     /// As [`Weights::fit`]; and if a tensor is of a type other than f32, f16, bf16, f64 or i64.
     pub fn load(&self, session: &mut Session, tower: &str) -> Result<Loaded> {
         let expected: Vec<Expected> = session
-            .tensors()
+            .tensor_infos()
             .into_iter()
             .filter(|tensor| tensor.role != Role::Optimizer)
             .filter_map(|t| Some((t.name.strip_prefix(tower)?.strip_prefix('.')?.to_string(), t.shape)))

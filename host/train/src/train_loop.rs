@@ -12,7 +12,7 @@ use crate::report;
 use crate::run_folder::RunFolder;
 use crate::tensorboard::EventFile;
 use clip_host_data::{Batch, Data, DataError, Loader, Position};
-use clip_host_model::{ModelError, Session, StepInput};
+use clip_host_model::{Device, ModelError, Session, StepInput};
 use clip_host_plugin_api::scheduler;
 use clip_host_recipe::Recipe;
 use serde::{Deserialize, Serialize};
@@ -53,6 +53,8 @@ pub struct Job {
     pub data: Data,
     /// Its folder.
     pub folder: RunFolder,
+    /// Where it runs.
+    pub device: Device,
 }
 
 /// How a run ended.
@@ -149,7 +151,7 @@ impl<'p> Run<'p> {
         }
         let (data, train) = (&job.data, &job.recipe.train);
         let dataset_size = data.train.num_images().max(data.train.num_texts());
-        let spec = job.plugins.model(&job.recipe, &data.config, dataset_size);
+        let spec = job.plugins.model(&job.recipe, &data.config, dataset_size, job.device.clone());
         let mut session = Session::new(spec).map_err(|e| TrainError::Model(with_hint_line(&e.to_string())))?;
         let compile_ms = session.stats().compile_ms;
 
@@ -411,7 +413,9 @@ impl<'p> Run<'p> {
             self.state.best = Some(Best { step: self.state.step, metric });
         }
         self.metrics.sync()?;
-        let path = checkpoint::save(&self.job.folder.checkpoints(), &self.state, &self.session.tensors())?;
+        let tensors = self.session.tensors().map_err(|e| self.step_error(&e.to_string()))?;
+        let path = checkpoint::save(&self.job.folder.checkpoints(), &self.state, &tensors)?;
+        drop(tensors);
         tracing::debug!("wrote {}", path.display());
         self.saved = Some((self.state.step, path));
         Ok(())
@@ -432,7 +436,9 @@ impl<'p> Run<'p> {
             self.evaluate()?;
             self.checkpoint()?;
         }
-        export::write(&self.job.folder.weights(), &self.session.tensors())?;
+        let tensors = self.session.tensors().map_err(|e| self.step_error(&e.to_string()))?;
+        export::write(&self.job.folder.weights(), &tensors)?;
+        drop(tensors);
         if let Err(error) = report::write(&self.job.folder) {
             tracing::warn!("no report: {error}");
         }
@@ -499,7 +505,7 @@ pub fn restore(session: &mut Session, found: &Checkpoint, data: DataShape) -> Re
         return Err(TrainError::DataChanged { expected: found.state.data.to_string(), got: data.to_string() });
     }
     let mut wanted: HashMap<String, Vec<usize>> =
-        session.tensors().into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
+        session.tensor_infos().into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
     let other = |problem: String| TrainError::Checkpoint {
         path: found.path.clone(),
         problem,

@@ -94,7 +94,7 @@ impl Emulator {
         let mut text = include_str!("shim.hpp").to_string();
         text += PRELUDE;
         text += include_str!("after_prelude.hpp");
-        for Function { name, text: body } in functions {
+        for Function { name, text: body, .. } in functions {
             let arguments = body[..body.find("\n{").unwrap_or(0)].matches('*').count();
             let values: Vec<String> = (0..arguments).map(|i| format!("(A{i})a[{i}]")).collect();
             // Argument types are read off the function itself.

@@ -50,7 +50,7 @@ impl Case {
                 let name = leaf_name(&self.fragment.nodes[state as usize]).unwrap_or_default();
                 // A state that keeps its value may not be read at all.
                 let kept = || self.values[name].iter().map(|&v| v as f32).collect();
-                let values = store.get(name).unwrap_or_else(|e| panic!("{e}"));
+                let values = store.get(name, 0, store.len(name).unwrap_or(0)).unwrap_or_else(|e| panic!("{e}"));
                 result.insert(format!("state.{name}"), values.unwrap_or_else(kept));
             }
             results.push(result);

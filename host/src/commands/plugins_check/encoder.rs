@@ -201,7 +201,7 @@ fn edge_cases(subject: &Subject) -> Result<Finding, Fault> {
                 finite(&attempted, &format!("`{output}`"), &numbers, hint)?;
             }
             for (state, _, numbers) in compiled.kept() {
-                finite(&attempted, &format!("`{state}`"), numbers, hint)?;
+                finite(&attempted, &format!("`{state}`"), &numbers, hint)?;
             }
         }
     }

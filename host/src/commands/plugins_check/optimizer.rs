@@ -220,7 +220,7 @@ fn extremes(subject: &Subject) -> Result<Finding, Fault> {
                 let hint = "divisors need a small number added, such as Adam's eps, which must not vanish in f32";
                 finite(&attempted, "the parameter", &param, hint)?;
                 for (state, _, values) in update.compiled.kept() {
-                    finite(&attempted, &format!("the state `{state}`"), values, hint)?;
+                    finite(&attempted, &format!("the state `{state}`"), &values, hint)?;
                 }
             }
         }

@@ -66,7 +66,7 @@ pub fn survives(subject: &Subject, steps: &mut impl Steps, about: String) -> Res
         }
     }
     for (name, _, values) in steps.compiled().kept() {
-        answers.push(json!([format!("`{name}` after step {STEPS}"), bits(values)]));
+        answers.push(json!([format!("`{name}` after step {STEPS}"), bits(&values)]));
     }
     let Some(before) = &subject.before else {
         return Ok(Finding::Again(json!({"checkpoint": saved, "answers": answers})));
@@ -98,8 +98,8 @@ fn keep(folder: &Path, steps: &mut impl Steps) -> Result<String, Fault> {
     let tensor =
         |name: String, shape: &[usize], data| NamedTensor { name, role: Role::State, shape: shape.into(), data };
     let compiled = steps.compiled();
-    let kept = compiled.kept().map(|(name, shape, values)| tensor(format!("kept.{name}"), shape, values));
-    let extra = extra.iter().map(|(name, values)| tensor(format!("extra.{name}"), &[values.len()], values));
+    let kept = compiled.kept().map(|(name, shape, values)| tensor(format!("kept.{name}"), shape, values.into()));
+    let extra = extra.iter().map(|(name, values)| tensor(format!("extra.{name}"), &[values.len()], values.into()));
     save(folder, &kept.chain(extra).collect::<Vec<_>>(), Value::Null, SAVED)
 }
 

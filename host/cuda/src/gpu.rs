@@ -1,0 +1,196 @@
+//! A GPU as a [`Machine`].
+
+use crate::launch::{Function, Launch};
+use crate::machine::{Handle, Machine, MachineError, Recording, Result};
+use clip_host_cuda_driver::compile::Cache;
+use clip_host_cuda_driver::{CudaError, Device, DeviceMemory, Event, Graph, Queue};
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// What NVRTC is asked for besides the architecture.
+pub const OPTIONS: [&str; 1] = ["--std=c++17"];
+/// Events that are kept for measuring.
+const EVENTS: usize = 4096;
+
+/// Opens a GPU, by its number from 0.
+///
+/// # Errors
+/// If there is none, or a library is missing: with its name, and where it was looked for.
+pub fn open(index: usize) -> std::result::Result<Arc<dyn Machine>, CudaError> {
+    let device = Device::open(index)?;
+    // Without the compiler nothing could run: say so now.
+    clip_host_cuda_driver::compile::version()?;
+    let cache = Cache::open(cache_folder())?;
+    Ok(Arc::new(Gpu { device, cache, state: Mutex::default() }))
+}
+
+/// Where compiled kernels are kept: beside other programs' caches.
+fn cache_folder() -> PathBuf {
+    let folder = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")));
+    base.unwrap_or_else(std::env::temp_dir).join("clip-host").join("kernels")
+}
+
+/// An NVIDIA GPU with its compute queue.
+struct Gpu {
+    device: Device,
+    cache: Cache,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    memory: BTreeMap<u64, DeviceMemory>,
+    names: HashMap<String, usize>,
+    functions: Vec<clip_host_cuda_driver::Function>,
+    recordings: Vec<Graph>,
+    /// For measuring, made once; the first `noted` stand for moments.
+    events: Vec<Event>,
+    noted: usize,
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Gpu({})", self.device.name())
+    }
+}
+
+fn failed(what: &str) -> impl FnOnce(CudaError) -> MachineError + '_ {
+    move |error| MachineError::new(what, error)
+}
+
+impl Gpu {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Whoever panicked with the lock left nothing half done: each call changes one thing.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Compiles on all cores.
+    fn compile(&self, functions: &[&Function]) -> Result<Vec<Vec<u8>>> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(functions.len());
+        let next = AtomicUsize::new(0);
+        let arch = self.device.compute_capability();
+        let compiled: Mutex<Vec<Option<std::result::Result<Vec<u8>, CudaError>>>> =
+            Mutex::new(functions.iter().map(|_| None).collect());
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(function) = functions.get(index) else { break };
+                        let cubin = self.cache.get_or_compile(&function.source(), arch, &OPTIONS);
+                        if let Ok(mut compiled) = compiled.lock() {
+                            compiled[index] = Some(cubin);
+                        }
+                    }
+                });
+            }
+        });
+        let compiled = compiled.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let missing = || MachineError::new("compiling kernels", "a compiler's thread ended early");
+        compiled.into_iter().map(|c| c.ok_or_else(missing)?.map_err(failed("compiling kernels"))).collect()
+    }
+}
+
+impl Machine for Gpu {
+    fn name(&self) -> String {
+        self.device.name().to_string()
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64> {
+        let memory = self.device.alloc(bytes).map_err(failed("taking memory"))?;
+        let address = memory.address();
+        self.state().memory.insert(address, memory);
+        Ok(address)
+    }
+
+    fn free(&self, address: u64) {
+        self.state().memory.remove(&address);
+    }
+
+    fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.device.upload(address, bytes).map_err(failed("a copy to the GPU"))
+    }
+
+    fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.device.download(address, bytes).map_err(failed("a copy from the GPU"))
+    }
+
+    fn load(&self, functions: &[Function]) -> Result<Vec<Handle>> {
+        let new: Vec<&Function> = {
+            let state = self.state();
+            functions.iter().filter(|f| !state.names.contains_key(&f.name)).collect()
+        };
+        let cubins = self.compile(&new)?;
+        let mut state = self.state();
+        for (function, cubin) in new.into_iter().zip(cubins) {
+            let module = self.device.load(&cubin).map_err(failed("loading kernels"))?;
+            let ready = module.function(&function.name).map_err(failed("loading kernels"))?;
+            let number = state.functions.len();
+            state.functions.push(ready);
+            state.names.insert(function.name.clone(), number);
+        }
+        let unknown = |f: &Function| MachineError::new("loading kernels", format!("{} is not there", f.name));
+        functions.iter().map(|f| state.names.get(&f.name).map(|&n| Handle(n)).ok_or_else(|| unknown(f))).collect()
+    }
+
+    fn launch(&self, function: Handle, launch: &Launch, arguments: &[u64]) -> Result<()> {
+        let state = self.state();
+        let unknown = || MachineError::new("a launch", "the function is not loaded");
+        let function = state.functions.get(function.0).ok_or_else(unknown)?;
+        // SAFETY: the executor verified the launch against its plan: each argument is memory that it holds, of the size
+        // that the kernel's text says. The executor keeps it while its recordings are replayed.
+        unsafe { self.device.launch(function, launch.grid, launch.block, 0, arguments, Queue::Compute) }
+            .map_err(failed("a launch"))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.device.synchronize().map_err(failed("waiting for the GPU"))
+    }
+
+    fn begin_recording(&self) -> Result<bool> {
+        self.device.begin_capture().map_err(failed("recording the step"))?;
+        Ok(true)
+    }
+
+    fn end_recording(&self) -> Result<Recording> {
+        let graph = self.device.end_capture().map_err(failed("recording the step"))?;
+        let mut state = self.state();
+        state.recordings.push(graph);
+        Ok(Recording(state.recordings.len() - 1))
+    }
+
+    fn replay(&self, recording: Recording) -> Result<()> {
+        let state = self.state();
+        let unknown = || MachineError::new("replaying the step", "there is no such recording");
+        let graph = state.recordings.get(recording.0).ok_or_else(unknown)?;
+        self.device.replay(graph).map_err(failed("replaying the step"))
+    }
+
+    fn note_moment(&self) -> Result<()> {
+        let mut state = self.state();
+        if state.noted == state.events.len() {
+            if state.noted == EVENTS {
+                return Err(MachineError::new("measuring kernels", format!("more than {EVENTS} of them")));
+            }
+            let event = self.device.event().map_err(failed("measuring kernels"))?;
+            state.events.push(event);
+        }
+        let noted = state.noted;
+        self.device.record(&state.events[noted], Queue::Compute).map_err(failed("measuring kernels"))?;
+        state.noted += 1;
+        Ok(())
+    }
+
+    fn moments(&self) -> Result<Vec<f64>> {
+        let mut state = self.state();
+        let noted = std::mem::take(&mut state.noted);
+        let Some(last) = state.events[..noted].last() else { return Ok(vec![]) };
+        last.synchronize().map_err(failed("measuring kernels"))?;
+        let between = |event| Event::milliseconds_between(&state.events[0], event).map(f64::from);
+        state.events[..noted].iter().map(|e| between(e).map_err(failed("measuring kernels"))).collect()
+    }
+}
