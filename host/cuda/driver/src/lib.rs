@@ -11,6 +11,7 @@
 //! | --- | --- | --- |
 //! | `libcuda.so.1` | [`Device`]: anything that runs | NVIDIA's driver |
 //! | `libnvrtc.so.13`, `.12` | [`compile`]: CUDA C to machine code; needs no GPU | CUDA, or the Python wheel `nvidia-cuda-nvrtc` |
+//! | `libcublasLt.so.13`, `.12` | [`blas`]: matrix products | CUDA, or the Python wheel `nvidia-cublas` |
 //!
 //! The places, in this order:
 //!
@@ -34,15 +35,18 @@
 
 #![warn(clippy::undocumented_unsafe_blocks)]
 
+pub mod blas;
 pub mod compile;
 mod device;
 mod driver;
+mod element;
 mod error;
 mod library;
 mod memory;
 mod module;
 
 pub use device::{Device, Event, Graph, Queue};
+pub use element::{Compute, Element};
 pub use error::CudaError;
 pub use memory::{DeviceMemory, Pinned};
 pub use module::{Function, Module};

@@ -29,6 +29,12 @@ pub(crate) static NVRTC: Wanted = Wanted {
     source_hint: "CUDA installs it, so does `pip install nvidia-cuda-nvrtc`",
 };
 
+pub(crate) static CUBLAS_LT: Wanted = Wanted {
+    files: &["libcublasLt.so.13", "libcublasLt.so.12"],
+    purpose: "multiply matrices on a GPU",
+    source_hint: "CUDA installs it, so does `pip install nvidia-cublas`",
+};
+
 /// A library that stays loaded until the process ends.
 pub(crate) struct Loaded {
     library: ManuallyDrop<Library>,
