@@ -11,11 +11,18 @@ use std::path::Path;
 fn replay(kind: &str, id: &str, family: &str, case: &str, config: &str, more: &[&str]) -> HashMap<String, Vec<f64>> {
     let input = folder().join(family).join(format!("{case}.safetensors"));
     // One file a case and option: tests run side by side.
-    let name = format!("replay-{kind}-{case}-{}.safetensors", more.join("").replace(['-', '.'], ""));
+    let name =
+        format!("{}-{kind}-{case}-{}.safetensors", env!("CARGO_CRATE_NAME"), more.join("").replace(['-', '.'], ""));
     let output = target().join(name);
     let (input, path) = (input.to_string_lossy(), output.to_string_lossy());
+    let backend = match env!("CARGO_CRATE_NAME") {
+        // The GPU's kernels, on the CPU.
+        "replay_emulator" => "emulator".into(),
+        _ => std::env::var("CLIP_HOST_TEST_BACKEND").unwrap_or("cpu".into()),
+    };
+    let more = [&["--backend", &backend], more].concat();
     let args = ["replay", kind, id, "--config", config, "--in", &input, "--out", &path];
-    run(Path::new("."), &[&args[..], more].concat()).done();
+    run(Path::new("."), &[&args[..], &more].concat()).done();
     let tensors = read_tensors(&output);
     std::fs::remove_file(&output).expect("the output was written");
     tensors

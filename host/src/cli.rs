@@ -152,6 +152,9 @@ pub struct PlanArgs {
     /// Tables of a small data set instead of the recipe's, so that no data is needed.
     #[arg(long)]
     pub synthetic: bool,
+    /// Write the step's CUDA kernels into this folder, a file for each, and list the launches.
+    #[arg(long, value_name = "DIR")]
+    pub cuda: Option<PathBuf>,
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
@@ -268,15 +271,18 @@ pub enum BackendArg {
     Cpu,
     /// The first NVIDIA GPU.
     Cuda,
+    /// The GPU's kernels, compiled by the host's C++ compiler and run on the CPU: slow, to check them where there is no GPU.
+    Emulator,
 }
 
 impl BackendArg {
-    /// As recipes write it.
-    pub fn ron(self) -> &'static str {
+    /// As recipes write it; none for what they do not know.
+    pub fn ron(self) -> Option<&'static str> {
         match self {
-            BackendArg::Auto => "Auto",
-            BackendArg::Cpu => "Cpu",
-            BackendArg::Cuda => "Cuda(device: 0)",
+            BackendArg::Auto => Some("Auto"),
+            BackendArg::Cpu => Some("Cpu"),
+            BackendArg::Cuda => Some("Cuda(device: 0)"),
+            BackendArg::Emulator => None,
         }
     }
 }

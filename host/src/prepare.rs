@@ -50,6 +50,10 @@ pub fn device_of(backend: BackendArg) -> Result<Device, CliError> {
     match backend {
         BackendArg::Cpu => Ok(Device::Cpu),
         BackendArg::Auto => Ok(open().map_or(Device::Cpu, Device::Cuda)),
+        BackendArg::Emulator => match clip_host_cuda_emulator::Emulator::new() {
+            Ok(emulator) => Ok(Device::Cuda(std::sync::Arc::new(emulator))),
+            Err(error) => Err(CliError::Failed(error.to_string())),
+        },
         BackendArg::Cuda => open().map(Device::Cuda).map_err(|error| CliError::Failed(error.to_string())),
     }
 }

@@ -18,6 +18,16 @@ pub enum Device {
     Cuda(Arc<dyn Machine>),
 }
 
+impl Device {
+    /// For people.
+    pub fn name(&self) -> String {
+        match self {
+            Device::Cpu => "CPU".into(),
+            Device::Cuda(machine) => machine.name(),
+        }
+    }
+}
+
 /// A device with the threads of the host.
 #[derive(Clone)]
 pub struct Engine {

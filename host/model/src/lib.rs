@@ -13,7 +13,7 @@ pub use clip_host_compiler::precision::Precision;
 pub use device::{Device, Engine};
 pub use groups::ParamGroup;
 pub use inspect::{Buffer, KernelInfo, LeafInfo, MemoryMap, Owner, Phase, Stay, StepPlan, part};
-pub use session::Session;
+pub use session::{Session, cuda_schedule};
 
 use clip_host_plugins::Plugin;
 use std::borrow::Cow;

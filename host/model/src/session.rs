@@ -295,6 +295,18 @@ impl Session {
     }
 }
 
+/// The training step as launches of CUDA kernels, verified against the plan, with a line for each of the plan's kernels.
+/// Needs no GPU.
+///
+/// # Errors
+/// What assembly, compilation or the backend refuse.
+pub fn cuda_schedule(spec: &ModelSpec) -> Result<(clip_host_cuda::launch::Schedule, Vec<String>), ModelError> {
+    let Training { plan, .. } = training(spec)?;
+    let schedule = clip_host_cuda::schedule::schedule(&plan).map_err(clip_host_cuda::ExecuteError::from)?;
+    clip_host_cuda::verify::verify(&plan, &schedule).map_err(clip_host_cuda::ExecuteError::from)?;
+    Ok((schedule, plan.kernels.iter().map(|kernel| kernel.describe(&plan.nodes)).collect()))
+}
+
 /// Refuses a step that needs more than the machine's memory: taking it would end the process.
 fn check_memory(needed: u64) -> Result<(), ModelError> {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();

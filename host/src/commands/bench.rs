@@ -1,6 +1,6 @@
 //! `clip-host bench`: how fast steps and data are.
 
-use crate::cli::{BenchDataArgs, BenchStepArgs};
+use crate::cli::{BackendArg, BenchDataArgs, BenchStepArgs};
 use crate::error::CliError;
 use crate::profile::{self, Profile};
 use crate::{output, prepare};
@@ -20,7 +20,7 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     let flags = [
         ("train.batch_size", args.batch.map(|n| n.to_string())),
         ("data.image_size", args.image_size.map(|n| n.to_string())),
-        ("backend", args.backend.map(|b| b.ron().to_string())),
+        ("backend", args.backend.and_then(|b| b.ron()).map(str::to_string)),
     ];
     let (recipe, config) = prepare::recipe(&args.recipe, &prepare::sets(&args.set, &flags))?;
     let plugins = prepare::plugins(&recipe)?;
@@ -36,7 +36,12 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
             (Source::Loader(Box::new(loader)), data.train.num_images().max(data.train.num_texts()))
         }
     };
-    let spec = plugins.model(&recipe, &config, dataset_size, prepare::device(&recipe)?);
+    let device = match args.backend {
+        Some(BackendArg::Emulator) => prepare::device_of(BackendArg::Emulator)?,
+        _ => prepare::device(&recipe)?,
+    };
+    let device_name = device.name();
+    let spec = plugins.model(&recipe, &config, dataset_size, device);
     let mut profile = match &args.profile {
         // The file first: measuring for nothing would be a pity.
         Some(path) => Some(Profile::create(path, || {
@@ -90,6 +95,7 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     let stats = session.stats();
     let step_ms = median(&mut times.step);
     let mut result = json!({
+        "device": device_name,
         "samples_per_second": batch as f64 * 1e3 / step_ms,
         "step_ms": step_ms,
         "phases_ms": {

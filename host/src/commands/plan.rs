@@ -5,9 +5,11 @@ use crate::error::CliError;
 use crate::units::{bytes, counted, gflop, megabytes, table, wrap};
 use crate::{output, prepare};
 use clip_host_compiler::cost::{Cost, Kind};
+use clip_host_cuda::launch::Work;
 use clip_host_data::Data;
 use clip_host_model::{Buffer, Device, KernelInfo, LeafInfo, MemoryMap, ModelSpec, Owner, Phase, StepPlan, part};
 use serde_json::{Map, Value, json};
+use std::path::Path;
 
 /// Columns that the printed plan keeps to, where names allow.
 const WIDTH: usize = 120;
@@ -31,6 +33,9 @@ pub fn run(args: &PlanArgs) -> Result<(), CliError> {
         }
     };
     let spec = plugins.model(&recipe, &config, dataset_size, Device::Cpu);
+    if let Some(folder) = &args.cuda {
+        return write_cuda(&spec, folder);
+    }
     let plan = StepPlan::compile(&spec)?;
     if args.json {
         return output::json(&json_form(&plan, &spec));
@@ -62,6 +67,35 @@ fn totals(kernels: &[KernelInfo]) -> Vec<(String, usize, Cost)> {
     }
     totals.push(sum);
     totals
+}
+
+/// Writes the kernels that a GPU would run, and prints what it would launch: grid, threads, function, and what for.
+fn write_cuda(spec: &ModelSpec, folder: &Path) -> Result<(), CliError> {
+    let (schedule, kernels) = clip_host_model::cuda_schedule(spec)?;
+    let failed = |error: std::io::Error| {
+        CliError::Failed(format!(
+            "cannot write kernels to {}: {error}\nhint: name a folder that can be written",
+            folder.display()
+        ))
+    };
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    for function in &schedule.functions {
+        std::fs::write(folder.join(format!("{}.cu", function.name)), function.source()).map_err(failed)?;
+    }
+    let mut text = String::new();
+    for (work, kernel) in &schedule.work {
+        let Work::Launch(launch) = work;
+        let [x, y, _] = launch.grid;
+        let (name, threads) = (&schedule.functions[launch.function].name, launch.block[0]);
+        text += &format!("{x:>8} x {y:<4} {threads:>5}  {name}  {}\n", kernels[*kernel]);
+    }
+    text += &format!(
+        "{} launches of {} functions, {} of scratch\n",
+        schedule.work.len(),
+        schedule.functions.len(),
+        bytes(schedule.scratch as u64)
+    );
+    output::print(&text)
 }
 
 /// The kernels, each with a line of its own and what it reads and writes below; then totals and memory.

@@ -203,7 +203,10 @@ pub fn config_error(recipe: &Recipe, section: &str, error: ConfigError) -> Recip
 
 /// What a recipe asks for that this machine does not have, all at once.
 pub fn check_backend(recipe: &Recipe) -> Vec<RecipeError> {
-    device(recipe).err().into_iter().collect()
+    match recipe.backend {
+        Backend::Cuda { .. } => device(recipe).err().into_iter().collect(),
+        Backend::Auto | Backend::Cpu => vec![],
+    }
 }
 
 /// The device that a recipe asks for. `Auto` takes the first GPU if driver and libraries are there, and says what it took

@@ -7,6 +7,7 @@
 use clip_host_cuda::launch::{Access, Argument, Function, Launch};
 use clip_host_cuda::machine::{Handle, Machine, MachineError, Recording, Result};
 use clip_host_cuda::render::PRELUDE;
+use clip_host_cuda_driver::compile;
 use libloading::Library;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
@@ -24,6 +25,18 @@ const THREADS: usize = 1024;
 /// What is nobody's: as f32, bf16 and f16 not a number, as an id -1.
 const POISON: u8 = 0xff;
 
+/// Compute capabilities in the variable `CLIP_HOST_EMULATOR_ARCHS`, as `80,90`: NVRTC compiles every kernel for them too.
+fn archs() -> Result<Vec<(u32, u32)>> {
+    let text = std::env::var("CLIP_HOST_EMULATOR_ARCHS").unwrap_or_default();
+    let number = |part: &str| {
+        let number: u32 = part.trim().parse().map_err(|_| {
+            MachineError::new("reading CLIP_HOST_EMULATOR_ARCHS", format!("expected numbers such as 80,90, got {text}"))
+        })?;
+        Ok((number / 10, number % 10))
+    };
+    text.split(',').filter(|part| !part.trim().is_empty()).map(number).collect()
+}
+
 type Entry = unsafe extern "C" fn(*mut *mut u8);
 type Run = unsafe extern "C" fn(Entry, *mut *mut u8, *const u32, u32, *mut u8) -> i32;
 
@@ -31,6 +44,8 @@ type Run = unsafe extern "C" fn(Entry, *mut *mut u8, *const u32, u32, *mut u8) -
 #[derive(Debug)]
 pub struct Emulator {
     compiler: String,
+    /// GPUs that every kernel is compiled for as well.
+    archs: Vec<(u32, u32)>,
     state: Mutex<State>,
 }
 
@@ -66,7 +81,9 @@ impl Emulator {
         }
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
         match Command::new(&compiler).arg("--version").output() {
-            Ok(output) if output.status.success() => Ok(Emulator { compiler, state: Mutex::default() }),
+            Ok(output) if output.status.success() => {
+                Ok(Emulator { compiler, archs: archs()?, state: Mutex::default() })
+            }
             _ => {
                 let why = format!("`{compiler}` does not run (hint: install a C++ compiler or set CXX)");
                 Err(MachineError::new("starting the emulator", why))
@@ -80,6 +97,12 @@ impl Emulator {
     }
 
     fn compile(&self, functions: &[&Function]) -> Result<Vec<Compiled>> {
+        for arch in &self.archs {
+            for function in functions {
+                let compiled = compile::compile(&function.source(), *arch, &clip_host_cuda::gpu::OPTIONS);
+                compiled.map_err(|e| MachineError::new(format!("compiling for sm_{}{}", arch.0, arch.1), e))?;
+            }
+        }
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let folder = std::env::temp_dir().join(format!("clip-host-emulator-{}-{number}", std::process::id()));
