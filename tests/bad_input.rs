@@ -383,3 +383,10 @@ fn output_that_cannot_be_written_is_told() {
     let answer: Value = run(&folder, &["check", "small.ron", "--json"]).json();
     assert_eq!(answer["errors"], json!([]));
 }
+
+#[test]
+fn what_was_not_built_in_is_told() {
+    let folder = small_run("not-built-in");
+    run(&folder, &["bench", "luminal-cuda", "small.ron"])
+        .refused(&["luminal's CUDA compiler", "--features luminal-cuda"]);
+}

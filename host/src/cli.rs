@@ -410,6 +410,28 @@ pub enum BenchCommand {
     /// What the kernels of a step are compared with: large products of f32 and of bf16 matrices, and copies of memory
     /// (bytes read plus bytes written), with one thread and with all. Each figure is the fastest of several runs.
     Peak(BenchPeakArgs),
+    /// Forward passes of a recipe's encoders by luminal's stock CUDA compiler, beside the plan's own.
+    ///
+    /// For a clip-host that was built with `--features luminal-cuda` and a CUDA toolkit. Both sides compute the same from
+    /// the same weights and random inputs, in f32; `--json` has every run's time.
+    LuminalCuda(BenchLuminalCudaArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchLuminalCudaArgs {
+    /// The recipe.
+    pub recipe: PathBuf,
+    #[command(flatten)]
+    pub set: SetArgs,
+    /// Passes to measure; one more comes before.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub steps: u16,
+    /// Same as `--set data.image_size=N`.
+    #[arg(long, value_name = "N")]
+    pub image_size: Option<usize>,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -50,5 +50,6 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Bench(BenchCommand::Step(args)) => commands::bench::step(args),
         Command::Bench(BenchCommand::Data(args)) => commands::bench::data(&args),
         Command::Bench(BenchCommand::Peak(args)) => commands::peak::run(&args),
+        Command::Bench(BenchCommand::LuminalCuda(args)) => commands::luminal_cuda::run(&args),
     }
 }

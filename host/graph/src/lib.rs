@@ -9,3 +9,5 @@ pub mod operator;
 pub mod oracle;
 pub mod program;
 pub mod rewrite;
+#[cfg(feature = "luminal-cuda")]
+pub mod stock_cuda;

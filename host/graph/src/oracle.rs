@@ -3,6 +3,8 @@
 //! multiplications and sums, windows are products with 0/1 selection matrices, tables are one-hot comparisons. Slow, in
 //! f32, for tiny shapes; integers travel as floats.
 
+mod window;
+
 use crate::program::Program;
 use crate::rewrite::{linearize, tracker};
 use clip_host_plugin_api::decompose::decompose;
@@ -15,6 +17,7 @@ use luminal::prelude::Tensor;
 use luminal::shape::ShapeTracker;
 use std::collections::HashMap;
 use thiserror::Error;
+use window::Window;
 
 /// Why a program could not be run.
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -30,24 +33,44 @@ pub enum OracleError {
 /// Runs a program on luminal's primitive operators; `inputs` holds inputs, parameters and states by name. Random numbers
 /// are those of seed 0.
 pub fn execute(program: &Program, inputs: &HashMap<String, Vec<f32>>) -> Result<Vec<(String, Vec<f32>)>, OracleError> {
+    let mut primitives = lower(program, inputs)?;
+    primitives.graph.no_delete.extend(primitives.outputs.iter().map(|o| o.1));
+    primitives.graph.execute();
+    primitives.results()
+}
+
+/// A program in luminal's primitive operators, with what it is given in it.
+pub(crate) struct Primitives {
+    /// In a place of its own: its constants point into it.
+    pub graph: Box<Graph>,
+    /// The program's outputs by name.
+    pub outputs: Vec<(String, NodeIndex)>,
+}
+
+impl Primitives {
+    /// The outputs' numbers after a run.
+    pub fn results(&self) -> Result<Vec<(String, Vec<f32>)>, OracleError> {
+        let read = |(name, id): &(String, NodeIndex)| {
+            let tensor = self.graph.get_tensor_ref(*id, 0);
+            let data = tensor.and_then(|t| t.data.as_any().downcast_ref::<Vec<f32>>());
+            data.map(|d| (name.clone(), d.clone())).ok_or_else(|| OracleError::Lost(name.clone()))
+        };
+        self.outputs.iter().map(read).collect()
+    }
+}
+
+/// Writes a program out in luminal's primitive operators.
+pub(crate) fn lower(program: &Program, inputs: &HashMap<String, Vec<f32>>) -> Result<Primitives, OracleError> {
     let linear = linearize(&program.graph, &program.roots());
-    let mut oracle = Oracle { graph: Graph::new(), inputs };
+    let mut oracle = Oracle { graph: Box::default(), inputs };
     let mut values: Vec<Value> = Vec::with_capacity(linear.nodes.len());
     for node in &linear.nodes {
         let operands = node.inputs.iter().map(|&i| values[i as usize].clone()).collect::<Vec<_>>();
         values.push(oracle.node(node, &operands)?);
     }
     let of = |id: &NodeIndex| values[linear.position[id] as usize].id;
-    for (_, id) in &program.outputs {
-        oracle.graph.no_delete.insert(of(id));
-    }
-    oracle.graph.execute();
-    let read = |(name, id): &(String, NodeIndex)| {
-        let tensor = oracle.graph.get_tensor_ref(of(id), 0);
-        let data = tensor.and_then(|t| t.data.as_any().downcast_ref::<Vec<f32>>());
-        data.map(|d| (name.clone(), d.clone())).ok_or_else(|| OracleError::Lost(name.clone()))
-    };
-    program.outputs.iter().map(read).collect()
+    let outputs = program.outputs.iter().map(|(name, id)| (name.clone(), of(id))).collect();
+    Ok(Primitives { graph: oracle.graph, outputs })
 }
 
 /// A contiguous result in the luminal graph.
@@ -69,7 +92,7 @@ impl Value {
 }
 
 struct Oracle<'a> {
-    graph: Graph,
+    graph: Box<Graph>,
     inputs: &'a HashMap<String, Vec<f32>>,
 }
 
@@ -218,13 +241,20 @@ impl Oracle<'_> {
         x
     }
 
-    /// `[b, m, k] × [b, k, n]`.
+    /// `[b, m, k] × [b, k, n]` in the form of luminal's own `matmul`, which its compilers look for: the product of two
+    /// expanded views, summed over the last axis. A single matrix has no batch dimension there.
     fn product(&mut self, a: &Value, b: &Value) -> Value {
         let (batch, m, k, n) = (a.shape[0], a.shape[1], a.shape[2], b.shape[2]);
-        let left = self.broadcast(&a.reshaped(&[batch, m, k, 1]), &[batch, m, k, n]);
-        let right = self.broadcast(&b.reshaped(&[batch, 1, k, n]), &[batch, m, k, n]);
-        let products = self.mul(&left, &right);
-        self.reduce(&products, &[2], false).reshaped(&[batch, m, n])
+        let (mut left, mut right, shape) = match batch {
+            1 => (whole(&[m, k]), whole(&[k, n]), vec![m, n, k]),
+            _ => (whole(&[batch, m, k]), whole(&[batch, k, n]), vec![batch, m, n, k]),
+        };
+        let last = shape.len() - 1;
+        left.expand(last - 1, n.into());
+        right.permute(if batch == 1 { &[1, 0] } else { &[0, 2, 1] });
+        right.expand(last - 2, m.into());
+        let products = self.add(op::Mul, &[(a, left), (b, right)], &shape);
+        self.reduce(&products, &[last], false).reshaped(&[batch, m, n])
     }
 
     /// `x` `[n, c, h, w]` times selection matrices along height (`[h', h]`) and width (`[w', w]`).
@@ -707,44 +737,6 @@ struct Tap {
     valid: Vec<f32>,
 }
 
-/// A sliding window; pairs are (height, width).
-struct Window {
-    kernel: [usize; 2],
-    stride: [usize; 2],
-    padding: [usize; 2],
-    dilation: [usize; 2],
-    input: [usize; 2],
-    output: [usize; 2],
-}
-
-impl Window {
-    fn of_conv(conv: &Conv, x: &[usize], weight: &[usize], y: &[usize]) -> Window {
-        let Conv { stride, padding, dilation, .. } = *conv;
-        let kernel = [weight[2], weight[3]];
-        Window { kernel, stride, padding, dilation, input: [x[2], x[3]], output: [y[2], y[3]] }
-    }
-
-    fn of_pool(pool: &Pool, x: &[usize], y: &[usize]) -> Window {
-        let Pool { kernel, stride, padding, .. } = *pool;
-        Window { kernel, stride, padding, dilation: [1; 2], input: [x[2], x[3]], output: [y[2], y[3]] }
-    }
-
-    /// The 0/1 matrix `[output, input]` of one tap along a dimension, and which outputs it is inside for.
-    fn selection(&self, d: usize, k: usize) -> (Vec<f32>, Vec<f32>) {
-        let (input, output) = (self.input[d], self.output[d]);
-        let mut matrix = vec![0.0; output * input];
-        let mut valid = vec![0.0; output];
-        for o in 0..output {
-            let at = (o * self.stride[d] + k * self.dilation[d]).checked_sub(self.padding[d]);
-            if let Some(at) = at.filter(|&at| at < input) {
-                matrix[o * input + at] = 1.0;
-                valid[o] = 1.0;
-            }
-        }
-        (matrix, valid)
-    }
-}
-
 /// luminal's trackers have at least one dimension.
 fn at_least_one(shape: &[usize]) -> Vec<usize> {
     if shape.is_empty() { vec![1] } else { shape.to_vec() }
@@ -756,4 +748,30 @@ fn whole(shape: &[usize]) -> ShapeTracker {
 
 fn four(shape: &[usize]) -> [usize; 4] {
     [shape[0], shape[1], shape[2], shape[3]]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clip_host_plugin_api::ir::DType;
+    use luminal::compiler_utils::{SelectEdge, SelectOp};
+
+    /// As `luminal_cuda` finds what cuBLAS can do: its search, on luminal's own operators.
+    #[test]
+    fn a_product_of_matrices_has_the_form_of_luminals_own() {
+        let graph = IrGraph::new();
+        let (x, y) = (graph.input("x", &[5, 3], DType::F32), graph.input("y", &[3, 4], DType::F32));
+        graph.output("product", x.matmul(y));
+        let fragment = graph.finish().unwrap();
+        let mut program = Program::default();
+        let spliced = program.splice(&fragment, "test", &HashMap::new(), |_, name| name.to_string()).unwrap();
+        program.outputs.push(("product".into(), spliced.nodes[fragment.output("product").unwrap() as usize]));
+        let inputs = HashMap::from([("x".to_string(), vec![1.0; 15]), ("y".to_string(), vec![2.0; 12])]);
+        let mut primitives = lower(&program, &inputs).unwrap();
+        let product = SelectOp::new().ty::<op::Mul>().shapes([['A', 'C', 'B'], ['A', 'C', 'B']]);
+        let product = product.fakes([[Some(false), Some(true), Some(false)], [Some(true), Some(false), Some(false)]]);
+        let pattern = SelectEdge::new(product, SelectOp::new().ty::<op::SumReduce>());
+        assert!(pattern.search(&mut primitives.graph).next_match());
+        assert_eq!(execute(&program, &inputs).unwrap()[0].1, vec![6.0; 20]);
+    }
 }

@@ -482,13 +482,19 @@ pub fn param_names(spec: &ModelSpec) -> Result<Vec<String>, ModelError> {
     Ok(names)
 }
 
-/// Compiles a tower in evaluation mode: output `features`, unit rows.
-pub fn evaluation(spec: &ModelSpec, params: &[ParamSlot], tower: Tower, batch: usize) -> Result<Plan, ModelError> {
+/// A tower in evaluation mode, not compiled: output `features`, unit rows.
+pub fn evaluation_program(spec: &ModelSpec, tower: Tower, batch: usize) -> Result<Program, ModelError> {
     let mut program = Program::default();
     let nodes = splice_tower(&mut program, spec, tower, batch, false)?;
     program.updates.clear();
     program.outputs.push(("features".into(), nodes.features));
     program.outputs.push((BOUNDARY.into(), nodes.embeddings));
+    Ok(program)
+}
+
+/// Compiles a tower in evaluation mode: output `features`, unit rows.
+pub fn evaluation(spec: &ModelSpec, params: &[ParamSlot], tower: Tower, batch: usize) -> Result<Plan, ModelError> {
+    let mut program = evaluation_program(spec, tower, batch)?;
     program.run("channels_last", ChannelsLast)?;
     program.run("flatten parameters", FlattenParams { params })?;
     Ok(compile_with(&mut program, spec.precision)?)

@@ -7,13 +7,15 @@ mod init;
 mod inspect;
 pub mod replay;
 mod session;
+#[cfg(feature = "luminal-cuda")]
+pub mod stock;
 
 pub use assemble::param_names;
 pub use clip_host_compiler::precision::Precision;
 pub use device::{Device, Engine};
 pub use groups::ParamGroup;
 pub use inspect::{Buffer, KernelInfo, LeafInfo, MemoryMap, Owner, Phase, Stay, StepPlan, part};
-pub use session::{Session, cuda_schedule};
+pub use session::{EVAL_BATCH, Session, cuda_schedule};
 
 use clip_host_plugins::Plugin;
 use std::borrow::Cow;
@@ -168,6 +170,9 @@ pub enum ModelError {
     AllFrozen,
     #[error("tensor `{name}`: expected {expected}, got {got}")]
     TensorSize { name: String, expected: String, got: String },
+    #[cfg(feature = "luminal-cuda")]
+    #[error(transparent)]
+    Stock(#[from] clip_host_graph::stock_cuda::StockError),
     #[error("replay: {0}")]
     Replay(String),
 }

@@ -16,7 +16,7 @@ use clip_host_plugin_api::optimizer::ScalarsRequest;
 use std::time::Instant;
 
 /// Samples that a tower encodes at once in evaluation.
-const EVAL_BATCH: usize = 64;
+pub const EVAL_BATCH: usize = 64;
 
 /// A model, compiled.
 pub struct Session {

@@ -179,7 +179,7 @@ fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
 }
 
-fn median(values: &mut [f64]) -> f64 {
+pub(super) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     match values.len() {
         0 => 0.0,
@@ -197,14 +197,14 @@ fn peak_rss_bytes() -> Value {
 }
 
 /// Where the batches of a measurement come from.
-enum Source {
+pub(super) enum Source {
     Loader(Box<Loader>),
     Synthetic(Box<Batch>),
 }
 
 impl Source {
     /// One random batch, used for every step: normal-like pixels, full captions of random ids.
-    fn synthetic(config: &DataConfig, batch: usize, vocab_size: usize) -> Source {
+    pub(super) fn synthetic(config: &DataConfig, batch: usize, vocab_size: usize) -> Source {
         // Weyl steps of splitmix64; speed is all that matters here.
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         let mut next = move || {
@@ -229,7 +229,7 @@ impl Source {
         }))
     }
 
-    fn next(&mut self, step: u64) -> Result<Batch, DataError> {
+    pub(super) fn next(&mut self, step: u64) -> Result<Batch, DataError> {
         match self {
             Source::Loader(loader) => loader.next_batch()?.ok_or(DataError::Stopped),
             Source::Synthetic(batch) => {

@@ -6,6 +6,7 @@ pub mod data;
 pub mod eval;
 pub mod grid;
 mod grid_table;
+pub mod luminal_cuda;
 pub mod peak;
 pub mod plan;
 pub mod plugins;
