@@ -122,13 +122,24 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+# Of OpenAI's CLIP, which clip-host's data pipeline normalises with too.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
 @dataclass
 class Batch:
-    """One random batch, used for every step, as `clip-host bench step --synthetic` does."""
+    """One random batch, used for every step, as `clip-host bench step --synthetic` does.
+
+    With `pixels` the images are bytes in the host's memory (pinned, if the device is a GPU), which come to the device
+    anew in every step: `fetch` sends the next step's while this one computes; to normalise them is a part of the step.
+    """
 
     spec: Spec
     size: int
     image_size: int
+    device: torch.device = torch.device("cpu")
+    memory_format: torch.memory_format = torch.contiguous_format
+    pixels: bool = False
     images: Tensor = field(init=False)
     input_ids: Tensor = field(init=False)
     attention_mask: Tensor = field(init=False)
@@ -137,9 +148,39 @@ class Batch:
         generator = torch.Generator().manual_seed(0)
         shape = (self.size, 3, self.image_size, self.image_size)
         tokens = (self.size, self.spec.text_length)
-        self.images = torch.rand(shape, generator=generator) * 4 - 2
-        self.input_ids = torch.randint(self.spec.text["vocab_size"], tokens, generator=generator)
-        self.attention_mask = torch.ones(tokens, dtype=torch.int64)
+        if self.pixels:
+            images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        else:
+            images = torch.rand(shape, generator=generator) * 4 - 2
+        self.images = images.to(self.device).contiguous(memory_format=self.memory_format)
+        self.input_ids = torch.randint(self.spec.text["vocab_size"], tokens, generator=generator).to(self.device)
+        self.attention_mask = torch.ones(tokens, dtype=torch.int64, device=self.device)
+        self.order = torch.arange(self.size, device=self.device)
+        self.stream = None
+        if self.pixels and self.device.type == "cuda":
+            self.host = images.contiguous(memory_format=self.memory_format).pin_memory()
+            self.next, self.stream = torch.empty_like(self.images), torch.cuda.Stream()
+            self.send()
+        if self.pixels:
+            scale = lambda values: 255 * torch.tensor(values, device=self.device).view(1, 3, 1, 1)
+            self.mean, self.std = scale(MEAN), scale(STD)
+
+    def send(self) -> None:
+        # What was in the buffer has to be read before it is written over.
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.next.copy_(self.host, non_blocking=True)
+
+    def fetch(self) -> Tensor:
+        """This step's images on the device."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.images, self.next = self.next, self.images
+            self.send()
+        return self.images
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std if self.pixels else images
 
     @property
     def dataset_size(self) -> int:
@@ -147,4 +188,4 @@ class Batch:
 
     def ids(self, step: int) -> Tensor:
         """Other samples at every step, as in training."""
-        return torch.arange(self.size) + (step % 16) * self.size
+        return self.order + (step % 16) * self.size
