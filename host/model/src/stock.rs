@@ -44,7 +44,7 @@ fn encode(
     mut inputs: HashMap<String, Vec<f32>>,
     runs: usize,
 ) -> Result<StockRun, ModelError> {
-    inputs.extend(session.tensors().into_iter().map(|tensor| (tensor.name, tensor.data.to_vec())));
+    inputs.extend(session.tensors()?.into_iter().map(|tensor| (tensor.name, tensor.data.into_owned())));
     let mut program = evaluation_program(session.spec(), tower, batch)?;
     program.outputs.retain(|(name, _)| name == "features");
     let mut stock = StockCuda::compile(&program, &inputs)?;

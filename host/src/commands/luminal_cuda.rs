@@ -42,7 +42,8 @@ mod built_in {
             [("train.batch_size", Some("2".to_string())), ("data.image_size", args.image_size.map(|n| n.to_string()))];
         let (recipe, config) = prepare::recipe(&args.recipe, &prepare::sets(&args.set, &flags))?;
         let plugins = prepare::plugins(&recipe)?;
-        let mut session = Session::new(plugins.model(&recipe, &config, prepare::synthetic_dataset(EVAL_BATCH)))?;
+        let dataset_size = prepare::synthetic_dataset(EVAL_BATCH);
+        let mut session = Session::new(plugins.model(&recipe, &config, dataset_size, prepare::device(&recipe)?))?;
         let batch = Source::synthetic(&config, EVAL_BATCH, plugins.vocab_size().unwrap_or(30_522)).next(0)?;
         let steps = usize::from(args.steps);
 
