@@ -1,6 +1,6 @@
 //! Runs a plan on a [`Machine`].
 
-use crate::launch::{Address, Block, Launch, Schedule, Work, control};
+use crate::launch::{Address, Block, Schedule, Work, control};
 use crate::machine::{Handle, Machine, MachineError, Recording};
 use crate::schedule::{Places, ScheduleError, schedule};
 use crate::verify::{self, VerifyError};
@@ -180,7 +180,7 @@ pub struct Executor {
 impl Executor {
     /// Prepares a plan; persistent leaves are found in, or added to, the store.
     pub fn new(plan: Plan, machine: Arc<dyn Machine>, store: &mut Store) -> Result<Executor, ExecuteError> {
-        let schedule = schedule(&plan)?;
+        let schedule = schedule(&plan, machine.as_ref())?;
         verify::verify(&plan, &schedule)?;
         let plan = Arc::new(plan);
         let mut memory = Vec::new();
@@ -232,8 +232,12 @@ impl Executor {
         let ready = schedule
             .work
             .iter()
-            .map(|(Work::Launch(launch), _)| {
-                (handles[launch.function], launch.arguments.iter().map(|a| address(a.at)).collect())
+            .map(|(work, _)| {
+                let function = match work {
+                    Work::Launch(launch) => handles[launch.function],
+                    Work::Product(product) => Handle(product.ready),
+                };
+                (function, work.arguments().iter().map(|a| address(a.at)).collect())
             })
             .collect();
         Ok(Executor {
@@ -322,17 +326,23 @@ impl Executor {
         self.check_ids()
     }
 
+    /// Enqueues one piece of work.
+    fn start(&self, number: usize) -> Result<(), ExecuteError> {
+        let (function, arguments) = &self.ready[number];
+        Ok(match &self.schedule.work[number].0 {
+            Work::Launch(launch) => self.machine.launch(*function, launch, arguments)?,
+            Work::Product(product) => self.machine.multiply(product, arguments)?,
+        })
+    }
+
     fn launch_all(&self) -> Result<(), ExecuteError> {
-        for ((Work::Launch(launch), _), (function, arguments)) in self.schedule.work.iter().zip(&self.ready) {
-            self.machine.launch(*function, launch, arguments)?;
-        }
-        Ok(())
+        (0..self.ready.len()).try_for_each(|number| self.start(number))
     }
 
     fn run_timed(&mut self) -> Result<(), ExecuteError> {
         self.machine.note_moment()?;
-        for ((Work::Launch(launch), _), (function, arguments)) in self.schedule.work.iter().zip(&self.ready) {
-            self.machine.launch(*function, launch, arguments)?;
+        for number in 0..self.ready.len() {
+            self.start(number)?;
             self.machine.note_moment()?;
         }
         let moments = self.machine.moments()?;
@@ -364,11 +374,6 @@ impl Executor {
         let address = base + (at.offset + operand.offset * element.bytes()) as u64;
         Ok(Some(download(&self.machine, address, elements(operand), element)?))
     }
-}
-
-/// The launches of a schedule.
-pub fn launches(schedule: &Schedule) -> impl Iterator<Item = &Launch> {
-    schedule.work.iter().map(|(Work::Launch(launch), _)| launch)
 }
 
 fn elements(view: &Operand) -> usize {

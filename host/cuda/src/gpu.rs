@@ -1,7 +1,9 @@
 //! A GPU as a [`Machine`].
 
-use crate::launch::{Function, Launch};
+use crate::launch::{Function, Launch, Product};
+use crate::library::{Libraries, Ready};
 use crate::machine::{Handle, Machine, MachineError, Recording, Result};
+use clip_host_cuda_driver::blas::{Blas, Gemm, GemmPlan, Operands};
 use clip_host_cuda_driver::compile::Cache;
 use clip_host_cuda_driver::{CudaError, Device, DeviceMemory, Event, Graph, Queue};
 use std::collections::{BTreeMap, HashMap};
@@ -12,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What NVRTC is asked for besides the architecture.
 pub const OPTIONS: [&str; 1] = ["--std=c++17"];
+/// Bytes of workspace that a product may ask for: what cuBLAS recommends on Hopper.
+const WORKSPACE: usize = 32 << 20;
 /// Events that are kept for measuring.
 const EVENTS: usize = 4096;
 
@@ -24,7 +28,14 @@ pub fn open(index: usize) -> std::result::Result<Arc<dyn Machine>, CudaError> {
     // Without the compiler nothing could run: say so now.
     clip_host_cuda_driver::compile::version()?;
     let cache = Cache::open(cache_folder())?;
-    Ok(Arc::new(Gpu { device, cache, state: Mutex::default() }))
+    let blas = match Blas::open(&device) {
+        Ok(blas) => Some(blas),
+        Err(error) => {
+            tracing::warn!("products are computed by rendered kernels, which are slower: {error}");
+            None
+        }
+    };
+    Ok(Arc::new(Gpu { device, cache, blas, state: Mutex::default() }))
 }
 
 /// Where compiled kernels are kept: beside other programs' caches.
@@ -38,6 +49,7 @@ fn cache_folder() -> PathBuf {
 struct Gpu {
     device: Device,
     cache: Cache,
+    blas: Option<Blas>,
     state: Mutex<State>,
 }
 
@@ -46,6 +58,7 @@ struct State {
     memory: BTreeMap<u64, DeviceMemory>,
     names: HashMap<String, usize>,
     functions: Vec<clip_host_cuda_driver::Function>,
+    products: Vec<(Gemm, GemmPlan)>,
     recordings: Vec<Graph>,
     /// For measuring, made once; the first `noted` stand for moments.
     events: Vec<Event>,
@@ -92,6 +105,23 @@ impl Gpu {
         let compiled = compiled.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         let missing = || MachineError::new("compiling kernels", "a compiler's thread ended early");
         compiled.into_iter().map(|c| c.ok_or_else(missing)?.map_err(failed("compiling kernels"))).collect()
+    }
+}
+
+impl Libraries for Gpu {
+    fn product(&self, gemm: &Gemm) -> Option<Ready> {
+        let mut state = self.state();
+        let known = state.products.iter().position(|(known, _)| known == gemm);
+        let number = match known {
+            Some(number) => number,
+            None => {
+                let plan = self.blas.as_ref()?.plan(gemm, WORKSPACE, 0);
+                let plan = plan.map_err(|error| tracing::debug!("cuBLASLt does not take {gemm:?}: {error}")).ok()?;
+                state.products.push((*gemm, plan));
+                state.products.len() - 1
+            }
+        };
+        Some(Ready { number, workspace: state.products[number].1.workspace_bytes() })
     }
 }
 
@@ -145,6 +175,16 @@ impl Machine for Gpu {
         // that the kernel's text says. The executor keeps it while its recordings are replayed.
         unsafe { self.device.launch(function, launch.grid, launch.block, 0, arguments, Queue::Compute) }
             .map_err(failed("a launch"))
+    }
+
+    fn multiply(&self, product: &Product, arguments: &[u64]) -> Result<()> {
+        let state = self.state();
+        let unknown = || MachineError::new("a product", "it is not ready");
+        let (_, plan) = state.products.get(product.ready).ok_or_else(unknown)?;
+        let [a, b, c, rest @ ..] = arguments else { return Err(unknown()) };
+        let workspace = rest.first().copied().unwrap_or(0);
+        let operands = Operands { a: *a, b: *b, c: *c, workspace, ..Operands::default() };
+        plan.run(&operands, Queue::Compute).map_err(failed("a product"))
     }
 
     fn synchronize(&self) -> Result<()> {

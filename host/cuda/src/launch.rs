@@ -1,6 +1,7 @@
 //! What a compiled program is on a GPU: launches of rendered kernels over planned memory, in order.
 
 use crate::render::PRELUDE;
+use clip_host_cuda_driver::blas::Gemm;
 use clip_host_plugin_api::ir::NodeId;
 
 /// A piece of device memory that is taken once.
@@ -95,10 +96,31 @@ impl Function {
     }
 }
 
+/// A product that the vendor's library computes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Product {
+    pub gemm: Gemm,
+    /// The machine's number for it: see [`Libraries::product`](crate::library::Libraries::product).
+    pub ready: usize,
+    /// Left and right operand, result, and workspace if it needs one.
+    pub arguments: Vec<Argument>,
+}
+
 /// One piece of work, in stream order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Work {
     Launch(Launch),
+    Product(Product),
+}
+
+impl Work {
+    /// The memory that it works on.
+    pub fn arguments(&self) -> &[Argument] {
+        match self {
+            Work::Launch(launch) => &launch.arguments,
+            Work::Product(product) => &product.arguments,
+        }
+    }
 }
 
 /// A program for the GPU.

@@ -6,10 +6,12 @@
 pub mod executor;
 pub mod gpu;
 pub mod launch;
+pub mod library;
 pub mod machine;
 pub mod render;
 pub mod schedule;
 pub mod verify;
 
 pub use executor::{ExecuteError, Executor, Store};
+pub use library::{Libraries, Rendered};
 pub use machine::{Machine, MachineError};

@@ -1,6 +1,7 @@
 //! What runs work: a GPU, or in tests an emulator on the host.
 
-use crate::launch::{Argument, Function, Launch};
+use crate::launch::{Function, Launch, Product};
+use crate::library::Libraries;
 use std::fmt::Debug;
 use thiserror::Error;
 
@@ -34,7 +35,7 @@ pub struct Recording(pub usize);
 
 /// Memory and work in one stream: everything happens in the order of the calls. Launches may still be under way when a call
 /// returns; [`Machine::download`] and [`Machine::synchronize`] wait for them.
-pub trait Machine: Send + Sync + Debug {
+pub trait Machine: Libraries + Send + Sync + Debug {
     /// For people: the device's name.
     fn name(&self) -> String;
 
@@ -56,6 +57,9 @@ pub trait Machine: Send + Sync + Debug {
     /// Enqueues a launch; `arguments` are the addresses of the launch's arguments.
     fn launch(&self, function: Handle, launch: &Launch, arguments: &[u64]) -> Result<()>;
 
+    /// Enqueues a library's product.
+    fn multiply(&self, product: &Product, arguments: &[u64]) -> Result<()>;
+
     /// Waits for all work.
     fn synchronize(&self) -> Result<()>;
 
@@ -74,9 +78,4 @@ pub trait Machine: Send + Sync + Debug {
 
     /// Milliseconds of the noted moments since the first one; forgets them.
     fn moments(&self) -> Result<Vec<f64>>;
-}
-
-/// Whether an argument is read before the launch writes it.
-pub fn is_read(argument: &Argument) -> bool {
-    argument.access != crate::launch::Access::Write
 }

@@ -1,6 +1,7 @@
 //! From a compiled plan to work for the GPU.
 
 use crate::launch::{Address, Block, Function, Launch, Schedule, Work};
+use crate::library::{self, Item, Libraries};
 use crate::render::own::{self, Pooling, Source, Target};
 use crate::render::product::{self, Convolution};
 use crate::render::{Draft, fused};
@@ -53,25 +54,28 @@ impl<'a> Places<'a> {
     fn source<'v>(&self, view: &'v Operand) -> Result<Source<'v>, ScheduleError> {
         let element = self.plan.storage[view.source as usize];
         let at = self.of(view.source).ok_or(ScheduleError::NoPlace(view.source))?;
-        Ok(Source { at: at.plus(view.offset * element.bytes()), element, view })
+        Ok(Source { at: at.plus(view.offset * element.bytes()), element, view, node: Some(view.source) })
     }
 
     fn target(&self, node: NodeId) -> Result<Target, ScheduleError> {
         let at = self.of(node).ok_or(ScheduleError::NoPlace(node))?;
-        Ok(Target { at, element: self.plan.storage[node as usize], node })
+        Ok(Target { at, element: self.plan.storage[node as usize], node: Some(node) })
     }
 }
 
-/// Lowers a plan.
+/// Lowers a plan; what the libraries take is theirs.
 ///
 /// # Errors
 /// If it holds an op or a layout that this backend does not know.
-pub fn schedule(plan: &Plan) -> Result<Schedule, ScheduleError> {
+pub fn schedule(plan: &Plan, libraries: &dyn Libraries) -> Result<Schedule, ScheduleError> {
     let places = Places::new(plan);
     let mut builder = Builder::default();
     for (number, kernel) in plan.kernels.iter().enumerate() {
-        for draft in drafts(&places, kernel)? {
-            builder.add(draft, number, kernel)?;
+        for item in items(&places, kernel, libraries)? {
+            match item {
+                Item::Draft(draft) => builder.add(draft, number, kernel)?,
+                Item::Work(work) => builder.push(work, number),
+            }
         }
     }
     Ok(builder.schedule)
@@ -92,9 +96,6 @@ impl Builder {
             }
         }
         let schedule = &mut self.schedule;
-        for argument in draft.arguments.iter().filter(|a| a.at.block == Block::Scratch) {
-            schedule.scratch = schedule.scratch.max(argument.at.offset + argument.bytes);
-        }
         let threads = draft.block.iter().product();
         let function = *self.known.entry((draft.text, threads)).or_insert_with_key(|(text, threads)| {
             let name = format!("k{:016x}", hash(text) ^ u64::from(*threads));
@@ -102,8 +103,15 @@ impl Builder {
             schedule.functions.len() - 1
         });
         let Draft { grid, block, arguments, in_place, .. } = draft;
-        schedule.work.push((Work::Launch(Launch { function, grid, block, arguments, in_place }), number));
+        self.push(Work::Launch(Launch { function, grid, block, arguments, in_place }), number);
         Ok(())
+    }
+
+    fn push(&mut self, work: Work, number: usize) {
+        for argument in work.arguments().iter().filter(|a| a.at.block == Block::Scratch) {
+            self.schedule.scratch = self.schedule.scratch.max(argument.at.offset + argument.bytes);
+        }
+        self.schedule.work.push((work, number));
     }
 }
 
@@ -120,30 +128,39 @@ fn name(kernel: &Kernel) -> &'static str {
     }
 }
 
-fn drafts(places: &Places, kernel: &Kernel) -> Result<Vec<Draft>, ScheduleError> {
+fn items(places: &Places, kernel: &Kernel, libraries: &dyn Libraries) -> Result<Vec<Item>, ScheduleError> {
+    let rendered = |drafts: Vec<Draft>| drafts.into_iter().map(Item::Draft).collect();
     Ok(match kernel {
         Kernel::Fused(kernel) => {
             for id in kernel.inputs.iter().map(|i| i.source).chain(kernel.outputs.iter().map(|o| o.target)) {
                 places.of(id).ok_or(ScheduleError::NoPlace(id))?;
             }
             let place = |id| places.of(id).unwrap_or(Address { block: Block::Arena, offset: 0 });
-            fused(kernel, place)
+            rendered(fused(kernel, place))
         }
-        Kernel::Copy { node, input } => vec![own::copy(&places.source(input)?, places.target(*node)?)],
-        Kernel::Store { leaf, value } => vec![own::copy(&places.source(value)?, places.target(*leaf)?)],
+        Kernel::Copy { node, input } => rendered(vec![own::copy(&places.source(input)?, places.target(*node)?)]),
+        Kernel::Store { leaf, value } => rendered(vec![own::copy(&places.source(value)?, places.target(*leaf)?)]),
         Kernel::Own { op, node, inputs, shape, moments } => {
             check_layout(op)?;
             let to = places.target(*node)?;
             let inputs: Vec<Source> = inputs.iter().map(|i| places.source(i)).collect::<Result<_, _>>()?;
-            let mut drafts = own(op, &inputs, to, shape)?;
+            let taken = match op {
+                Op::Matmul => library::matmul(libraries, &inputs[0], &inputs[1], to),
+                _ => None,
+            };
+            let mut items = match taken {
+                Some(items) => items,
+                None => rendered(own(op, &inputs, to, shape)?),
+            };
             if let Some(moments) = moments {
                 let dims = contiguous(shape);
                 let view = Operand { source: *node, offset: 0, dims };
-                let y = Source { at: to.at, element: to.element, view: &view };
+                let y = Source { at: to.at, element: to.element, view: &view, node: Some(*node) };
                 let cols = shape.last().copied().unwrap_or(1);
-                drafts.extend(own::moments(&y, y.elements() / cols.max(1), cols, places.target(*moments)?));
+                let moments = own::moments(&y, y.elements() / cols.max(1), cols, places.target(*moments)?);
+                items.extend(moments.into_iter().map(Item::Draft));
             }
-            drafts
+            items
         }
     })
 }

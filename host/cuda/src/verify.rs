@@ -41,12 +41,12 @@ pub fn verify(plan: &Plan, schedule: &Schedule) -> Result<(), VerifyError> {
         record(&mut memory, Address { block: Block::Leaf(number), offset: 0 }, bytes_of(plan, id), Some(id));
     }
     record(&mut memory, Address { block: Block::Control, offset: 0 }, control::BYTES, None);
-    for (index, (Work::Launch(launch), kernel)) in schedule.work.iter().enumerate() {
+    for (index, (work, kernel)) in schedule.work.iter().enumerate() {
         // What an earlier kernel left in scratch is no value.
         if index == 0 || schedule.work[index - 1].1 != *kernel {
             memory.remove(&Block::Scratch);
         }
-        check(plan, schedule, &places, launch, &mut memory).map_err(|why| VerifyError {
+        check(plan, schedule, &places, work, &mut memory).map_err(|why| VerifyError {
             launch: index,
             kernel: plan.kernels[*kernel].describe(&plan.nodes),
             why,
@@ -59,29 +59,30 @@ fn bytes_of(plan: &Plan, id: NodeId) -> usize {
     plan.nodes[id as usize].elements() * plan.storage[id as usize].bytes()
 }
 
-fn check(
-    plan: &Plan,
-    schedule: &Schedule,
-    places: &Places,
-    launch: &Launch,
-    memory: &mut Memory,
-) -> Result<(), String> {
+fn check(plan: &Plan, schedule: &Schedule, places: &Places, work: &Work, memory: &mut Memory) -> Result<(), String> {
+    if let Work::Launch(launch) = work {
+        check_grid(launch)?;
+    }
+    for (number, argument) in work.arguments().iter().enumerate() {
+        place(plan, schedule, places, argument).map_err(|why| format!("argument {number}: {why}"))?;
+        if argument.access != Access::Write {
+            written(places, memory, argument).map_err(|why| format!("argument {number}: {why}"))?;
+        }
+    }
+    aliasing(work)?;
+    for argument in work.arguments().iter().filter(|a| a.access != Access::Read && a.at.block != Block::Control) {
+        record(memory, argument.at, argument.bytes, argument.node);
+    }
+    Ok(())
+}
+
+fn check_grid(launch: &Launch) -> Result<(), String> {
     let product = |dims: [u32; 3]| dims.iter().map(|&d| u64::from(d)).product::<u64>();
     if product(launch.grid) == 0 || launch.grid[1] > 65_535 || launch.grid[2] > 65_535 {
         return Err(format!("a grid of {:?} blocks", launch.grid));
     }
     if !(1..=MAX_THREADS).contains(&product(launch.block)) {
         return Err(format!("blocks of {:?} threads", launch.block));
-    }
-    for (number, argument) in launch.arguments.iter().enumerate() {
-        place(plan, schedule, places, argument).map_err(|why| format!("argument {number}: {why}"))?;
-        if argument.access != Access::Write {
-            written(places, memory, argument).map_err(|why| format!("argument {number}: {why}"))?;
-        }
-    }
-    aliasing(launch)?;
-    for argument in launch.arguments.iter().filter(|a| a.access != Access::Read && a.at.block != Block::Control) {
-        record(memory, argument.at, argument.bytes, argument.node);
     }
     Ok(())
 }
@@ -173,8 +174,9 @@ fn nested(places: &Places, a: NodeId, b: NodeId) -> bool {
 }
 
 /// Whether what is written overlaps anything else only where that is allowed.
-fn aliasing(launch: &Launch) -> Result<(), String> {
-    let arguments = &launch.arguments;
+fn aliasing(work: &Work) -> Result<(), String> {
+    let arguments = work.arguments();
+    let in_place = matches!(work, Work::Launch(launch) if launch.in_place);
     for (i, a) in arguments.iter().enumerate().filter(|(_, a)| a.access != Access::Read) {
         for (j, b) in arguments.iter().enumerate().filter(|(j, _)| *j != i) {
             let overlap =
@@ -185,7 +187,7 @@ fn aliasing(launch: &Launch) -> Result<(), String> {
             if b.access != Access::Read {
                 return Err(format!("arguments {i} and {j} are both written, and overlap"));
             }
-            if !(launch.in_place && a.at == b.at && b.bytes <= a.bytes) {
+            if !(in_place && a.at == b.at && b.bytes <= a.bytes) {
                 return Err(format!("argument {i} is written over argument {j}, which is read"));
             }
         }

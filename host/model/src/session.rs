@@ -302,7 +302,8 @@ impl Session {
 /// What assembly, compilation or the backend refuse.
 pub fn cuda_schedule(spec: &ModelSpec) -> Result<(clip_host_cuda::launch::Schedule, Vec<String>), ModelError> {
     let Training { plan, .. } = training(spec)?;
-    let schedule = clip_host_cuda::schedule::schedule(&plan).map_err(clip_host_cuda::ExecuteError::from)?;
+    let schedule = clip_host_cuda::schedule::schedule(&plan, &clip_host_cuda::Rendered)
+        .map_err(clip_host_cuda::ExecuteError::from)?;
     clip_host_cuda::verify::verify(&plan, &schedule).map_err(clip_host_cuda::ExecuteError::from)?;
     Ok((schedule, plan.kernels.iter().map(|kernel| kernel.describe(&plan.nodes)).collect()))
 }

@@ -84,7 +84,7 @@ fn write_cuda(spec: &ModelSpec, folder: &Path) -> Result<(), CliError> {
     }
     let mut text = String::new();
     for (work, kernel) in &schedule.work {
-        let Work::Launch(launch) = work;
+        let Work::Launch(launch) = work else { continue };
         let [x, y, _] = launch.grid;
         let (name, threads) = (&schedule.functions[launch.function].name, launch.block[0]);
         text += &format!("{x:>8} x {y:<4} {threads:>5}  {name}  {}\n", kernels[*kernel]);

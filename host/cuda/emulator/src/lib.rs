@@ -4,9 +4,13 @@
 //! Each launch sees its arguments through copies with poisoned margins. A kernel that reads or writes outside what its
 //! launch declares, or leaves a part of a result unwritten, is found at once.
 
-use clip_host_cuda::launch::{Access, Argument, Function, Launch};
+mod products;
+
+use clip_host_cuda::launch::{Access, Argument, Function, Launch, Product, Work};
+use clip_host_cuda::library::{Libraries, Ready};
 use clip_host_cuda::machine::{Handle, Machine, MachineError, Recording, Result};
 use clip_host_cuda::render::PRELUDE;
+use clip_host_cuda_driver::blas::Gemm;
 use clip_host_cuda_driver::compile;
 use libloading::Library;
 use std::collections::{BTreeMap, HashMap};
@@ -44,6 +48,8 @@ type Run = unsafe extern "C" fn(Entry, *mut *mut u8, *const u32, u32, *mut u8) -
 #[derive(Debug)]
 pub struct Emulator {
     compiler: String,
+    /// Whether it stands in for the vendor's libraries too.
+    libraries: bool,
     /// GPUs that every kernel is compiled for as well.
     archs: Vec<(u32, u32)>,
     state: Mutex<State>,
@@ -58,9 +64,12 @@ struct State {
     /// Of the threads of a block, end to end; untouched ones take no memory.
     stacks: Vec<u64>,
     moments: Vec<Instant>,
-    recording: Option<Vec<(Handle, Launch, Vec<u64>)>>,
-    recordings: Vec<Vec<(Handle, Launch, Vec<u64>)>>,
+    recording: Option<Vec<Recorded>>,
+    recordings: Vec<Vec<Recorded>>,
 }
+
+/// Work with its function and the addresses of its arguments.
+type Recorded = (Handle, Work, Vec<u64>);
 
 #[derive(Debug)]
 struct Compiled {
@@ -82,13 +91,18 @@ impl Emulator {
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
         match Command::new(&compiler).arg("--version").output() {
             Ok(output) if output.status.success() => {
-                Ok(Emulator { compiler, archs: archs()?, state: Mutex::default() })
+                Ok(Emulator { compiler, libraries: true, archs: archs()?, state: Mutex::default() })
             }
             _ => {
                 let why = format!("`{compiler}` does not run (hint: install a C++ compiler or set CXX)");
                 Err(MachineError::new("starting the emulator", why))
             }
         }
+    }
+
+    /// The emulator of a machine without the vendor's libraries: every kernel is rendered.
+    pub fn without_libraries(self) -> Emulator {
+        Emulator { libraries: false, ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -284,6 +298,13 @@ impl State {
     }
 }
 
+impl Libraries for Emulator {
+    fn product(&self, _: &Gemm) -> Option<Ready> {
+        // A workspace like the library's, so that its place is checked too.
+        self.libraries.then_some(Ready { number: 0, workspace: 512 })
+    }
+}
+
 impl Machine for Emulator {
     fn name(&self) -> String {
         "the host's emulator".into()
@@ -332,10 +353,19 @@ impl Machine for Emulator {
     fn launch(&self, function: Handle, launch: &Launch, arguments: &[u64]) -> Result<()> {
         let mut state = self.state();
         if let Some(recording) = &mut state.recording {
-            recording.push((function, launch.clone(), arguments.to_vec()));
+            recording.push((function, Work::Launch(launch.clone()), arguments.to_vec()));
             return Ok(());
         }
         state.launch(function, launch, arguments)
+    }
+
+    fn multiply(&self, product: &Product, arguments: &[u64]) -> Result<()> {
+        let mut state = self.state();
+        if let Some(recording) = &mut state.recording {
+            recording.push((Handle(product.ready), Work::Product(product.clone()), arguments.to_vec()));
+            return Ok(());
+        }
+        products::multiply(&mut state, product, arguments)
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -357,7 +387,10 @@ impl Machine for Emulator {
     fn replay(&self, recording: Recording) -> Result<()> {
         let mut state = self.state();
         let recorded = state.recordings.get(recording.0).cloned().unwrap_or_default();
-        recorded.iter().try_for_each(|(function, launch, arguments)| state.launch(*function, launch, arguments))
+        recorded.iter().try_for_each(|(function, work, arguments)| match work {
+            Work::Launch(launch) => state.launch(*function, launch, arguments),
+            Work::Product(product) => products::multiply(&mut state, product, arguments),
+        })
     }
 
     fn note_moment(&self) -> Result<()> {

@@ -14,6 +14,8 @@ pub struct Source<'a> {
     pub at: Address,
     pub element: Element,
     pub view: &'a Operand,
+    /// Whose value it is; none for scratch.
+    pub node: Option<NodeId>,
 }
 
 /// A result with its place.
@@ -21,7 +23,8 @@ pub struct Source<'a> {
 pub struct Target {
     pub at: Address,
     pub element: Element,
-    pub node: NodeId,
+    /// Whose value it is; none for scratch.
+    pub node: Option<NodeId>,
 }
 
 impl Source<'_> {
@@ -39,7 +42,7 @@ impl Source<'_> {
     }
 
     pub fn parameter(&self, parameters: &mut Parameters, name: &str) {
-        parameters.read(name, self.element, self.at, self.reach(), self.view.source);
+        parameters.read(name, self.element, self.at, self.reach(), self.node);
     }
 }
 

@@ -66,17 +66,25 @@ pub struct Parameters {
 
 impl Parameters {
     /// A parameter to read from.
-    pub fn read(&mut self, name: &str, element: Element, at: Address, elements: usize, node: NodeId) {
+    pub fn read(&mut self, name: &str, element: Element, at: Address, elements: usize, node: Option<NodeId>) {
         self.text.push(format!("const {} *{name}", c_type(element)));
         let (bytes, align) = (elements * element.bytes(), element.bytes());
-        self.arguments.push(Argument { at, bytes, access: Access::Read, align, node: Some(node) });
+        self.arguments.push(Argument { at, bytes, access: Access::Read, align, node });
     }
 
     /// A parameter to write to.
-    pub fn write(&mut self, name: &str, element: Element, at: Address, elements: usize, node: NodeId, access: Access) {
+    pub fn write(
+        &mut self,
+        name: &str,
+        element: Element,
+        at: Address,
+        elements: usize,
+        node: Option<NodeId>,
+        access: Access,
+    ) {
         self.text.push(format!("{} *{name}", c_type(element)));
         let (bytes, align) = (elements * element.bytes(), element.bytes());
-        self.arguments.push(Argument { at, bytes, access, align, node: Some(node) });
+        self.arguments.push(Argument { at, bytes, access, align, node });
     }
 
     /// Memory that is no value of the program.

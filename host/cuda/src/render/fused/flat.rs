@@ -91,7 +91,7 @@ impl Renderer<'_> {
         let o = &self.kernel.outputs[output];
         let mut parameters = Parameters::default();
         parameters.raw("const float *w", partials, count * 4, Access::Read, 4);
-        parameters.write("q", o.dtype, self.outputs[output], 1, o.target, Access::Write);
+        parameters.write("q", o.dtype, self.outputs[output], 1, Some(o.target), Access::Write);
         let text = match o.store {
             Store::MaxAll => format!(
                 "    __shared__ float room[32];\n    float v = Max::zero();\n    for (int i = threadIdx.x; i < {count}; i += {THREADS}) v = larger(v, w[i]);\n    v = reduce_block<{THREADS}, Max>(v, room);\n    if (threadIdx.x == 0) narrow(v, q[0]);\n"

@@ -128,7 +128,7 @@ impl<'a> Renderer<'a> {
         let mut parameters = Parameters::default();
         for (i, input) in self.kernel.inputs.iter().enumerate() {
             let reach = reach(self.kernel, input);
-            parameters.read(&format!("p{i}"), input.dtype, self.inputs[i], reach, input.source);
+            parameters.read(&format!("p{i}"), input.dtype, self.inputs[i], reach, Some(input.source));
             if input.rank == Rank::Full && self.is_wide(i) {
                 parameters.widen_last((self.vector * input.dtype.bytes()).min(16));
             }
@@ -161,7 +161,7 @@ impl<'a> Renderer<'a> {
     fn write_parameter(&self, parameters: &mut Parameters, output: usize) {
         let o = &self.kernel.outputs[output];
         let elements = written(self.kernel, o.value, o.store);
-        parameters.write(&format!("q{output}"), o.dtype, self.outputs[output], elements, o.target, Access::Write);
+        parameters.write(&format!("q{output}"), o.dtype, self.outputs[output], elements, Some(o.target), Access::Write);
         let full = self.kernel.code[o.value].1 == Rank::Full && o.store == Store::Each;
         if full && self.is_aligned(self.outputs[output], o.dtype) {
             parameters.widen_last((self.vector * o.dtype.bytes()).min(16));

@@ -278,7 +278,7 @@ impl Renderer<'_> {
         let mut parameters = Parameters::default();
         parameters.raw("const float *w", partials, segments * chunks * cols * 4, Access::Read, 4);
         let elements = segments * cols;
-        parameters.write("q", o.dtype, self.outputs[output], elements, o.target, Access::Write);
+        parameters.write("q", o.dtype, self.outputs[output], elements, Some(o.target), Access::Write);
         let tiles = cols.div_ceil(width);
         let mut text = String::new();
         let t = &mut text;

@@ -1,0 +1,86 @@
+//! What the vendor's libraries do, term by term in f64.
+
+use crate::State;
+use clip_host_cuda::launch::Product;
+use clip_host_cuda::machine::{MachineError, Result};
+use clip_host_cuda_driver::Element;
+use clip_host_cuda_driver::blas::Matrix;
+
+/// Numbers as they lie in memory.
+fn read(bytes: &[u8], element: Element) -> Vec<f64> {
+    match element {
+        Element::F32 => {
+            bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+        }
+        Element::Bf16 => {
+            let wide = |b: &[u8]| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+            bytes.chunks_exact(2).map(|b| f64::from(wide(b))).collect()
+        }
+        Element::F16 => bytes.chunks_exact(2).map(|b| half(u16::from_le_bytes([b[0], b[1]]))).collect(),
+    }
+}
+
+/// The value of a 16-bit IEEE number.
+fn half(bits: u16) -> f64 {
+    let (exponent, mantissa) = (i32::from(bits >> 10 & 0x1f), f64::from(bits & 0x3ff));
+    let magnitude = match exponent {
+        0 => mantissa * 2f64.powi(-24),
+        31 if mantissa == 0.0 => f64::INFINITY,
+        31 => f64::NAN,
+        _ => (1.0 + mantissa / 1024.0) * 2f64.powi(exponent - 15),
+    };
+    if bits & 0x8000 == 0 { magnitude } else { -magnitude }
+}
+
+/// Rounded once, as a library's f32 sum is.
+fn write(bytes: &mut [u8], at: usize, element: Element, value: f64) -> Result<()> {
+    let value = value as f32;
+    match element {
+        Element::F32 => bytes[4 * at..4 * at + 4].copy_from_slice(&value.to_le_bytes()),
+        Element::Bf16 => {
+            let bits = value.to_bits();
+            let rounded = if value.is_nan() { 0x7fff } else { ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16 };
+            bytes[2 * at..2 * at + 2].copy_from_slice(&rounded.to_le_bytes());
+        }
+        Element::F16 => return Err(MachineError::new("a product", "the emulator writes no 16-bit IEEE results")),
+    }
+    Ok(())
+}
+
+/// The place of element (i, j) of matrix `z`.
+fn place(matrix: &Matrix, z: usize, i: usize, j: usize) -> usize {
+    let (row, col) = if matrix.transposed { (j, i) } else { (i, j) };
+    z * matrix.batch_stride + row * matrix.leading + col
+}
+
+/// `c = a · b`, one or a batch of them.
+pub(crate) fn multiply(state: &mut State, product: &Product, addresses: &[u64]) -> Result<()> {
+    let gemm = &product.gemm;
+    for (argument, address) in product.arguments.iter().zip(addresses).take(3) {
+        if address % gemm.alignment as u64 != 0 || argument.bytes == 0 {
+            let why =
+                format!("an operand is at {address:#x}, the product was promised multiples of {}", gemm.alignment);
+            return Err(MachineError::new("a product", why));
+        }
+    }
+    let mut operand = |number: usize, matrix: &Matrix| -> Result<Vec<f64>> {
+        let bytes = state.slice(addresses[number], product.arguments[number].bytes)?;
+        Ok(read(bytes, matrix.element))
+    };
+    let (a, b) = (operand(0, &gemm.a)?, operand(1, &gemm.b)?);
+    let c = state.slice(addresses[2], product.arguments[2].bytes)?;
+    for z in 0..gemm.batch {
+        for i in 0..gemm.m {
+            for j in 0..gemm.n {
+                let term = |k| a[place(&gemm.a, z, i, k)] * b[place(&gemm.b, z, k, j)];
+                let sum: f64 = (0..gemm.k).map(term).sum();
+                write(c, place(&gemm.c, z, i, j), gemm.c.element, f64::from(gemm.alpha) * sum)?;
+            }
+        }
+    }
+    // What a library leaves in its workspace is nobody's.
+    if let (Some(argument), Some(&address)) = (product.arguments.get(3), addresses.get(3)) {
+        state.slice(address, argument.bytes)?.fill(crate::POISON);
+    }
+    Ok(())
+}
