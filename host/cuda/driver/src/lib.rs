@@ -12,6 +12,7 @@
 //! | `libcuda.so.1` | [`Device`]: anything that runs | NVIDIA's driver |
 //! | `libnvrtc.so.13`, `.12` | [`compile`]: CUDA C to machine code; needs no GPU | CUDA, or the Python wheel `nvidia-cuda-nvrtc` |
 //! | `libcublasLt.so.13`, `.12` | [`blas`]: matrix products | CUDA, or the Python wheel `nvidia-cublas` |
+//! | `libcudnn.so.9` | [`dnn`]: convolutions | cuDNN, or the Python wheels `nvidia-cudnn-cu13`, `-cu12` |
 //!
 //! The places, in this order:
 //!
@@ -38,6 +39,7 @@
 pub mod blas;
 pub mod compile;
 mod device;
+pub mod dnn;
 mod driver;
 mod element;
 mod error;

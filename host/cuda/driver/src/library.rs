@@ -35,6 +35,12 @@ pub(crate) static CUBLAS_LT: Wanted = Wanted {
     source_hint: "CUDA installs it, so does `pip install nvidia-cublas`",
 };
 
+pub(crate) static CUDNN: Wanted = Wanted {
+    files: &["libcudnn.so.9"],
+    purpose: "convolve images on a GPU",
+    source_hint: "cuDNN 9 has it, so does `pip install nvidia-cudnn-cu13` (cu12 for CUDA 12)",
+};
+
 /// A library that stays loaded until the process ends.
 pub(crate) struct Loaded {
     library: ManuallyDrop<Library>,

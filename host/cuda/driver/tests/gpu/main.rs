@@ -3,6 +3,7 @@
 
 mod blas;
 mod device;
+mod dnn;
 
 use clip_host_cuda_driver::{CudaError, Device, DeviceMemory, Element};
 use std::sync::{Mutex, MutexGuard, PoisonError};
