@@ -63,6 +63,11 @@ impl Store {
         self.tensors.len() - 1
     }
 
+    /// Number of a tensor's elements, if it is there.
+    pub fn elements(&self, name: &str) -> Option<usize> {
+        self.tensor(name).map(|t| t.elements)
+    }
+
     fn tensor(&self, name: &str) -> Option<&Tensor> {
         self.names.get(name).map(|&index| &self.tensors[index])
     }

@@ -5,7 +5,7 @@ use crate::library::{self, Item, Libraries};
 use crate::render::own::{self, Pooling, Source, Target};
 use crate::render::product::{self, Convolution};
 use crate::render::{Draft, fused};
-use clip_host_compiler::kernel::{Kernel, Operand};
+use clip_host_compiler::kernel::{Element, Kernel, Operand, Rounding};
 use clip_host_compiler::plan::{Place, Plan, Region};
 use clip_host_plugin_api::ir::{Layout, NodeId, Op};
 use std::collections::HashMap;
@@ -132,6 +132,13 @@ fn items(places: &Places, kernel: &Kernel, libraries: &dyn Libraries) -> Result<
     let rendered = |drafts: Vec<Draft>| drafts.into_iter().map(Item::Draft).collect();
     Ok(match kernel {
         Kernel::Fused(kernel) => {
+            // Told rather than rounded to nearest, which loses every small change.
+            if kernel.outputs.iter().any(|o| o.rounding != Rounding::Nearest) {
+                return Err(ScheduleError::Unsupported {
+                    op: "rounding at random",
+                    layout: Element::Bf16.name().into(),
+                });
+            }
             for id in kernel.inputs.iter().map(|i| i.source).chain(kernel.outputs.iter().map(|o| o.target)) {
                 places.of(id).ok_or(ScheduleError::NoPlace(id))?;
             }

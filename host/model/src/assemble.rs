@@ -4,8 +4,9 @@ use crate::groups::{
     Group, Groups, ScalarSet, active_input, check_elementwise, check_patterns, group_of, group_params, scalar_input,
 };
 use crate::{ModelError, ModelSpec, Part};
+use clip_host_compiler::kept;
 use clip_host_compiler::layout::ChannelsLast;
-use clip_host_compiler::plan::{Plan, compile_with};
+use clip_host_compiler::plan::{Plan, compile_kept};
 use clip_host_compiler::precision::BOUNDARY;
 use clip_host_graph::autograd::Autograd;
 use clip_host_graph::program::{Program, Spliced};
@@ -18,7 +19,7 @@ use clip_host_plugin_api::loss::LossRequest;
 use clip_host_plugin_api::optimizer::{OptimizerRequest, ParamInfo, ScalarsRequest};
 use luminal::compiler_utils::{Compiler, ToIdsMut};
 use luminal::graph::{Graph as LuminalGraph, NodeIndex};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 /// One of the two towers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +61,8 @@ pub struct ParamSlot {
     /// The stored tensor: the parameter's own, or its group's flat one.
     pub storage: String,
     pub offset: usize,
+    /// It is kept in bf16.
+    pub half: bool,
 }
 
 impl ParamSlot {
@@ -213,6 +216,7 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
     let values: Vec<NodeIndex> = tracked.iter().skip(1).step_by(2).map(|o| o.1).collect();
 
     let mut params: Vec<ParamSlot> = leaves.iter().filter_map(|&leaf| param_slot(&program, leaf)).collect();
+    params.iter_mut().for_each(|param| param.half = is_half(spec, &param.name));
     // Leaves are kept through differentiation by the same trick.
     let projected: Vec<bool> = leaves.iter().zip(&values).map(|(l, v)| l != v).collect();
     program.outputs.extend(leaves.iter().map(|&l| ("leaf".to_string(), l)));
@@ -232,6 +236,7 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
         *grad = gate(&mut program, group.set, *grad, None)?;
     }
     let grads = clip_gradients(&mut program, spec, grads)?;
+    let mut statistics = BTreeSet::new();
     for (group, &grad) in groups.iter().zip(&grads) {
         let param = match group.flat {
             true => {
@@ -242,10 +247,14 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
             false => gradients.wrt[group.members[0]],
         };
         let target = if group.flat { param } else { leaves[group.members[0]] };
-        update_group(&mut program, spec, group, param, grad, target, &params, &scalars)?;
+        statistics.extend(update_group(&mut program, spec, group, param, grad, target, &params, &scalars)?);
     }
+    let halves = match spec.halves.statistics {
+        true => kept::halves(half_params(&params).chain(statistics)),
+        false => kept::halves(half_params(&params)),
+    };
     program.run("flatten parameters", FlattenParams { params: &params })?;
-    let plan = compile_with(&mut program, spec.precision)?;
+    let plan = compile_kept(&mut program, spec.precision, &halves)?;
     let states = state_slots(&plan, &groups);
     Ok(Training { plan, params, states, metrics, sets })
 }
@@ -259,6 +268,7 @@ fn param_slot(program: &Program, leaf: NodeIndex) -> Option<ParamSlot> {
             init: *init,
             storage: name.clone(),
             offset: 0,
+            half: false,
         }),
         _ => None,
     }
@@ -351,6 +361,7 @@ fn clip_gradients(
     Ok(grads.iter().enumerate().map(|(i, &grad)| of(&format!("clipped.{i}")).unwrap_or(grad)).collect())
 }
 
+/// Splices the optimizer's update of a group; the names of the states that are of the group's own size.
 #[allow(clippy::too_many_arguments)]
 fn update_group(
     program: &mut Program,
@@ -361,11 +372,12 @@ fn update_group(
     target: NodeIndex,
     params: &[ParamSlot],
     scalars: &[String],
-) -> Result<(), ModelError> {
+) -> Result<Vec<String>, ModelError> {
     let shape = match group.flat {
         true => vec![group.members.iter().map(|&m| params[m].elements()).sum()],
         false => params[group.members[0]].shape.clone(),
     };
+    let elements = shape.iter().product();
     let info = ParamInfo { name: group.name.clone(), shape, weight_decay: group.weight_decay };
     let request = OptimizerRequest { config: spec.optimizer.config.clone(), info };
     let fragment = spec.optimizer.plugin.fragment(&Request::Optimizer(request))?;
@@ -392,7 +404,41 @@ fn update_group(
             program.updates[index].1 = gate(program, group.set, value, Some(leaf))?;
         }
     }
-    Ok(())
+    let states = statistics(&fragment, elements);
+    Ok(states.map(|name| format!("optimizer.{name}.{}", group.name)).collect())
+}
+
+/// What an optimizer keeps for each element of a parameter of so many: the names of states of that size. A single number
+/// is worth no rounding.
+fn statistics(fragment: &Fragment, elements: usize) -> impl Iterator<Item = &str> {
+    fragment.nodes.iter().filter_map(move |node| match &node.op {
+        Op::State { name, .. } if node.elements() == elements && !node.shape.is_empty() => Some(name.as_str()),
+        _ => None,
+    })
+}
+
+/// Whether an optimizer keeps something for each element of a parameter.
+pub(crate) fn keeps_statistics(optimizer: &Part) -> Result<bool, ModelError> {
+    for shape in [vec![4], vec![4, 4]] {
+        let elements = shape.iter().product();
+        let info = ParamInfo { name: "param".into(), shape, weight_decay: 0.0 };
+        let request = OptimizerRequest { config: optimizer.config.clone(), info };
+        if statistics(&optimizer.plugin.fragment(&Request::Optimizer(request))?, elements).next().is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether a parameter is kept in bf16.
+fn is_half(spec: &ModelSpec, name: &str) -> bool {
+    let of = |tower: Tower| name.strip_prefix(tower.prefix()).is_some_and(|rest| rest.starts_with('.'));
+    spec.halves.image_encoder && of(Tower::Image) || spec.halves.text_encoder && of(Tower::Text)
+}
+
+/// The leaves that parameters in bf16 are kept in.
+fn half_params(params: &[ParamSlot]) -> impl Iterator<Item = String> {
+    params.iter().filter(|param| param.half).map(|param| param.storage.clone())
 }
 
 /// `new` once the parameters of a set are no longer frozen; before, `old` or zero.
@@ -497,5 +543,5 @@ pub fn evaluation(spec: &ModelSpec, params: &[ParamSlot], tower: Tower, batch: u
     let mut program = evaluation_program(spec, tower, batch)?;
     program.run("channels_last", ChannelsLast)?;
     program.run("flatten parameters", FlattenParams { params })?;
-    Ok(compile_with(&mut program, spec.precision)?)
+    Ok(compile_kept(&mut program, spec.precision, &kept::halves(half_params(params)))?)
 }

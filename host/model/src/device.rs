@@ -60,11 +60,11 @@ impl Tensors {
         }
     }
 
-    /// Makes a tensor (zero) if it is not there.
-    pub(crate) fn entry(&mut self, name: &str, len: usize) -> Result<(), ModelError> {
+    /// Makes a tensor (zero) if it is not there, kept as `element`.
+    pub(crate) fn entry(&mut self, name: &str, len: usize, element: Element) -> Result<(), ModelError> {
         match self {
-            Tensors::Cpu(store) => drop(store.entry(name, len)),
-            Tensors::Cuda(store) => drop(store.entry(name, len, Element::F32)?),
+            Tensors::Cpu(store) => drop(store.entry_of(name, len, element)),
+            Tensors::Cuda(store) => drop(store.entry(name, len, element)?),
         }
         Ok(())
     }
@@ -72,7 +72,7 @@ impl Tensors {
     /// Number of a tensor's elements.
     pub(crate) fn len(&self, name: &str) -> Option<usize> {
         match self {
-            Tensors::Cpu(store) => store.get(name).map(<[f32]>::len),
+            Tensors::Cpu(store) => store.elements(name),
             Tensors::Cuda(store) => store.len(name),
         }
     }
@@ -80,12 +80,13 @@ impl Tensors {
     /// A part of a tensor, `None` if it is not there.
     pub(crate) fn read(&self, name: &str, offset: usize, len: usize) -> Result<Option<Cow<'_, [f32]>>, ModelError> {
         Ok(match self {
-            Tensors::Cpu(store) => store.get(name).and_then(|s| s.get(offset..offset + len)).map(Cow::Borrowed),
+            Tensors::Cpu(store) => store.values(name, offset..offset + len),
             Tensors::Cuda(store) => store.get(name, offset, len)?.map(Cow::Owned),
         })
     }
 
-    /// Gives a part of a tensor new values. What is not there is passed over.
+    /// Gives a part of a tensor new values, rounded to nearest where it is kept in half precision. What is not there is passed
+    /// over.
     pub(crate) fn write(&mut self, name: &str, offset: usize, values: &[f32]) -> Result<(), ModelError> {
         self.fill(name, offset, values.len(), |part| part.copy_from_slice(values))
     }
@@ -102,6 +103,10 @@ impl Tensors {
             Tensors::Cpu(store) => {
                 if let Some(part) = store.get_mut(name).and_then(|s| s.get_mut(offset..offset + len)) {
                     f(part);
+                } else if store.elements(name).is_some_and(|elements| offset + len <= elements) {
+                    let mut values = vec![0.0; len];
+                    f(&mut values);
+                    store.set(name, offset, &values);
                 }
             }
             Tensors::Cuda(store) if store.has(name) => {

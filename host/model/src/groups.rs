@@ -144,14 +144,17 @@ pub(crate) fn group_params(
             continue;
         }
         let decay = if weight_decay != 0.0 { "decay" } else { "no_decay" };
+        let half = if param.half { "half." } else { "" };
         let name = match own {
-            Some((number, _)) => format!("params.group{number}.{decay}"),
-            None => format!("params.{decay}"),
+            Some((number, _)) => format!("params.group{number}.{half}{decay}"),
+            None => format!("params.{half}{decay}"),
         };
         param.storage = name.clone();
         match groups.iter_mut().find(|g| g.flat && g.name == name) {
             Some(group) => group.members.push(index),
-            None => groups.push(Group { name, weight_decay, set, late, members: vec![index], flat: true }),
+            None => {
+                groups.push(Group { name, weight_decay, set, late, members: vec![index], flat: true });
+            }
         }
     }
     for group in groups.iter().filter(|g| g.flat) {

@@ -43,6 +43,8 @@ pub struct ModelSpec {
     pub text_length: usize,
     /// What activations and product operands are kept in.
     pub precision: Precision,
+    /// Which persistent tensors are kept in half precision.
+    pub halves: Halves,
     /// Length of per-sample tables.
     pub dataset_size: usize,
     pub weight_decay: f64,
@@ -58,6 +60,19 @@ pub struct ModelSpec {
     pub threads: usize,
     /// Where the model lives.
     pub device: Device,
+}
+
+/// Persistent tensors that are kept in bf16: half the memory, and half the bytes that an update moves. They are computed in
+/// f32 and rounded at random when they are written, so that small changes count (Radford et al. 2021, section 2.5: "half-precision
+/// Adam statistics and half-precision stochastically rounded text encoder weights").
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Halves {
+    /// The image encoder's parameters.
+    pub image_encoder: bool,
+    /// The text encoder's parameters.
+    pub text_encoder: bool,
+    /// What the optimizer keeps for each element of a parameter.
+    pub statistics: bool,
 }
 
 /// One batch, borrowed.
@@ -102,6 +117,7 @@ pub struct NamedTensor<'a> {
     pub name: String,
     pub role: Role,
     pub shape: Vec<usize>,
+    /// What is kept in half precision is given as the same values in f32.
     pub data: Cow<'a, [f32]>,
 }
 
@@ -113,12 +129,15 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
 }
 
-/// Refuses a pattern of parameters' names that matches none, and groups that leave nothing to train, before anything is
-/// compiled.
+/// Refuses a pattern of parameters' names that matches none, groups that leave nothing to train, and half-precision
+/// statistics of an optimizer that keeps none, before anything is compiled.
 ///
 /// # Errors
-/// [`ModelError::Pattern`], [`ModelError::AllFrozen`]; the plugins' own.
+/// [`ModelError::Pattern`], [`ModelError::AllFrozen`], [`ModelError::NoStatistics`]; the plugins' own.
 pub fn check_groups(spec: &ModelSpec) -> Result<(), ModelError> {
+    if spec.halves.statistics && !assemble::keeps_statistics(&spec.optimizer)? {
+        return Err(ModelError::NoStatistics { plugin: spec.optimizer.plugin.to_string() });
+    }
     let names = param_names(spec)?;
     groups::check_patterns(spec, &names)?;
     let trained = |name: &String| groups::group_of(spec, name).is_none_or(|(_, group)| !group.freeze);
@@ -168,6 +187,11 @@ pub enum ModelError {
     NotElementwise { plugin: String, got: String },
     #[error("every parameter is frozen, nothing is left to train (hint: take a group with `freeze: true` out)")]
     AllFrozen,
+    #[error(
+        "{plugin} keeps no statistics that could be bf16: expected a state of a parameter's own shape, got none (hint: take \
+         `state_dtype` out, or choose settings that keep one, a momentum for instance)"
+    )]
+    NoStatistics { plugin: String },
     #[error("tensor `{name}`: expected {expected}, got {got}")]
     TensorSize { name: String, expected: String, got: String },
     #[cfg(feature = "luminal-cuda")]

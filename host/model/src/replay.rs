@@ -3,6 +3,7 @@
 
 use crate::device::{Device, Engine, Runner, Tensors as Store};
 use crate::{ModelError, Part};
+use clip_host_compiler::kernel::Element;
 use clip_host_compiler::layout::ChannelsLast;
 use clip_host_compiler::plan::compile;
 use clip_host_graph::autograd::Autograd;
@@ -188,7 +189,7 @@ impl Compiled {
         let executor = Runner::new(plan, &engine, &mut store)?;
         for (name, shape, init, _) in &leaves {
             let elements = shape.iter().product();
-            store.entry(name, elements)?;
+            store.entry(name, elements, Element::F32)?;
             store.fill(name, 0, elements, |values| crate::init::fill(&engine.pool, *init, 0, name, values))?;
         }
         Ok(Compiled { executor, store, leaves })

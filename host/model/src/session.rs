@@ -7,7 +7,7 @@ use crate::{
     KernelInfo, ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, TensorInfo, init,
     inspect,
 };
-use clip_host_compiler::kernel::Kernel;
+use clip_host_compiler::kernel::{Element, Kernel};
 use clip_host_compiler::plan::{Plan, Region};
 use clip_host_cpu::ThreadPool;
 use clip_host_plugin_api::interpret::mix;
@@ -44,7 +44,8 @@ impl Session {
         for param in &params {
             // A parameter that nothing reads still has its value.
             let length = params.iter().filter(|p| p.storage == param.storage).map(|p| p.offset + p.elements()).max();
-            store.entry(&param.storage, length.unwrap_or(0))?;
+            let element = if param.half { Element::Bf16 } else { Element::F32 };
+            store.entry(&param.storage, length.unwrap_or(0), element)?;
         }
         if let Device::Cpu = engine.device {
             check_memory((plan.arena + store.bytes()) as u64)?;
@@ -225,7 +226,7 @@ impl Session {
         }
     }
 
-    /// Sets one; an error if the name or the size does not fit.
+    /// Sets one, rounded to nearest where it is kept in half precision; an error if the name or the size does not fit.
     pub fn set_tensor(&mut self, name: &str, data: &[f32]) -> Result<(), ModelError> {
         let mut found = None;
         let mut names = Vec::new();

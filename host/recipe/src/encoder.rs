@@ -1,6 +1,6 @@
 //! An encoder of the `model` section: the plugin, and weights to begin with.
 
-use crate::sections::{PluginChoice, path, plugin_id, sha256};
+use crate::sections::{Dtype, PluginChoice, path, plugin_id, sha256};
 use crate::value::Value;
 use serde::Deserialize;
 use std::path::PathBuf;
@@ -15,6 +15,9 @@ pub struct Encoder {
     pub weights: Option<PathBuf>,
     /// SHA-256 that this file must have, in hexadecimal.
     pub weights_sha256: Option<String>,
+    /// What its parameters are kept in while they are trained. With `Bf16`, the text encoder's are Radford et al.'s (2021)
+    /// half-precision stochastically rounded weights. Exported weights are f32.
+    pub weights_dtype: Dtype,
 }
 
 #[derive(Deserialize)]
@@ -32,6 +35,8 @@ struct EncoderKeys {
     weights: Option<PathBuf>,
     #[serde(default, deserialize_with = "sha256")]
     weights_sha256: Option<String>,
+    #[serde(default)]
+    weights_dtype: Dtype,
 }
 
 impl From<EncoderKeys> for Encoder {
@@ -40,6 +45,7 @@ impl From<EncoderKeys> for Encoder {
             choice: PluginChoice { plugin: keys.plugin, config: keys.config, path: keys.path, sha256: keys.sha256 },
             weights: keys.weights,
             weights_sha256: keys.weights_sha256,
+            weights_dtype: keys.weights_dtype,
         }
     }
 }
@@ -53,6 +59,7 @@ impl Encoder {
         if let Some(sum) = &self.weights_sha256 {
             keys.push(("weights_sha256", Value::string(sum)));
         }
+        keys.push(("weights_dtype", self.weights_dtype.to_value()));
         Value::section(keys)
     }
 }

@@ -1,7 +1,7 @@
 //! The `optimizer` section: the plugin, weight decay, groups of parameters, clipping.
 
 use crate::range;
-use crate::sections::{PluginChoice, plugin_id, sha256};
+use crate::sections::{Dtype, PluginChoice, plugin_id, sha256};
 use crate::value::{Kind, Value};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
@@ -27,6 +27,9 @@ pub struct Optimizer {
     pub clip_grad_value: Option<f64>,
     /// Gradients are scaled down to this global L2 norm where they exceed it.
     pub clip_grad_norm: Option<f64>,
+    /// What the optimizer's states of each parameter (moments, momentum) are kept in, where they have its shape. With
+    /// `Bf16`, Radford et al.'s (2021) half-precision Adam statistics.
+    pub state_dtype: Dtype,
 }
 
 /// Parameters with settings of their own: `(params: ["text_encoder.*"], lr: 2e-5)`.
@@ -96,6 +99,8 @@ struct OptimizerKeys {
     clip_grad_value: Option<f64>,
     #[serde(default, deserialize_with = "range::optional_positive")]
     clip_grad_norm: Option<f64>,
+    #[serde(default)]
+    state_dtype: Dtype,
 }
 
 fn studies_no_decay() -> Vec<String> {
@@ -112,6 +117,7 @@ impl From<OptimizerKeys> for Optimizer {
             groups: keys.groups,
             clip_grad_value: keys.clip_grad_value,
             clip_grad_norm: keys.clip_grad_norm,
+            state_dtype: keys.state_dtype,
         }
     }
 }
@@ -168,6 +174,7 @@ impl Optimizer {
             ("groups", Kind::List(self.groups.iter().map(ParamGroup::to_value).collect()).into()),
             ("clip_grad_value", Value::optional(self.clip_grad_value.map(Value::float))),
             ("clip_grad_norm", Value::optional(self.clip_grad_norm.map(Value::float))),
+            ("state_dtype", self.state_dtype.to_value()),
         ]);
         Value::section(keys)
     }

@@ -145,7 +145,8 @@ pub enum Backend {
     },
 }
 
-/// Arithmetic of the forward and backward pass. Weights and the optimizer are f32 in both.
+/// Arithmetic of the forward and backward pass. Weights and the optimizer are f32 in both, unless their own settings say
+/// otherwise: [`Encoder::weights_dtype`], [`Optimizer::state_dtype`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Precision {
     /// 32 bits throughout.
@@ -157,21 +158,46 @@ pub enum Precision {
 
 impl<'de> Deserialize<'de> for Precision {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Name;
-        impl serde::de::Visitor<'_> for Name {
-            type Value = Precision;
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("one of F32, Bf16")
-            }
-            fn visit_str<E: Error>(self, name: &str) -> Result<Precision, E> {
-                match name.to_ascii_lowercase().as_str() {
-                    "f32" => Ok(Precision::F32),
-                    "bf16" => Ok(Precision::Bf16),
-                    _ => Err(E::unknown_variant(name, &["F32", "Bf16"])),
-                }
-            }
+        let values = [Precision::F32, Precision::Bf16];
+        deserializer.deserialize_identifier(Name { names: &["F32", "Bf16"], values })
+    }
+}
+
+/// How a tensor that stays from step to step is kept in memory. It is computed in f32 whatever it is kept in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Dtype {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// bfloat16, rounded at random when it is written: up or down with the probabilities that make the mean exact.
+    Bf16,
+}
+
+impl<'de> Deserialize<'de> for Dtype {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let values = [Dtype::F32, Dtype::Bf16];
+        deserializer.deserialize_identifier(Name { names: &["F32", "Bf16"], values })
+    }
+}
+
+/// Reads one of some names, in capitals or not.
+struct Name<T, const N: usize> {
+    names: &'static [&'static str; N],
+    values: [T; N],
+}
+
+impl<T: Copy, const N: usize> serde::de::Visitor<'_> for Name<T, N> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "one of {}", self.names.join(", "))
+    }
+
+    fn visit_str<E: Error>(self, name: &str) -> Result<T, E> {
+        match self.names.iter().position(|known| known.eq_ignore_ascii_case(name)) {
+            Some(at) => Ok(self.values[at]),
+            None => Err(E::unknown_variant(name, self.names)),
         }
-        deserializer.deserialize_identifier(Name)
     }
 }
 
@@ -282,6 +308,16 @@ impl Precision {
         let name = match self {
             Precision::F32 => "F32",
             Precision::Bf16 => "Bf16",
+        };
+        Kind::Name(name.to_string()).into()
+    }
+}
+
+impl Dtype {
+    pub(crate) fn to_value(self) -> Value {
+        let name = match self {
+            Dtype::F32 => "F32",
+            Dtype::Bf16 => "Bf16",
         };
         Kind::Name(name.to_string()).into()
     }

@@ -1,6 +1,6 @@
 //! Loading, overriding and writing whole recipes; every class of error with its place and hint.
 
-use clip_host_recipe::{Backend, Part, Precision, Recipe, RecipeError, RecipeErrors};
+use clip_host_recipe::{Backend, Dtype, Part, Precision, Recipe, RecipeError, RecipeErrors};
 use serde::{Deserialize, Serialize};
 
 const GOOD: &str = r#"// a comment
@@ -64,6 +64,7 @@ fn a_recipe_loads() {
     assert_eq!(recipe.train.checkpoint_every_steps, None);
     assert_eq!(recipe.backend, Backend::Auto);
     assert_eq!(recipe.precision, Precision::F32);
+    assert_eq!((recipe.optimizer.state_dtype, recipe.model.text_encoder.weights_dtype), (Dtype::F32, Dtype::F32));
     let config = serde_json::Value::Object(recipe.model.image_encoder.choice.config.clone());
     let expected = serde_json::json!({"depth": 18, "width": 0.5, "stem": "Small", "layers": [2, 2]});
     assert_eq!(config, expected);
@@ -101,6 +102,8 @@ fn the_resolved_recipe_loads_back() {
         "loss.config.text=\"tab\\t, \\\" and \\\\ \\u{7f} é\"",
         "optimizer.clip_grad_norm=1",
         "optimizer.clip_grad_value=0.5",
+        "optimizer.state_dtype=Bf16",
+        "model.text_encoder.weights_dtype=bf16",
         "optimizer.groups=[(params: [\"text.*\"], lr: 1e-5), (params: [\"a\", \"b\"], weight_decay: 0.0, freeze_epochs: 2), (params: [\"c\"], freeze: true)]",
         "plugins.path=[\"extra\"]",
         "eval.batch_size=Some(16)",
@@ -110,6 +113,7 @@ fn the_resolved_recipe_loads_back() {
     let recipe = load(GOOD, &overrides).unwrap();
     assert_eq!(recipe.backend, Backend::Cuda { device: 1 });
     assert_eq!(recipe.precision, Precision::Bf16);
+    assert_eq!((recipe.optimizer.state_dtype, recipe.model.text_encoder.weights_dtype), (Dtype::Bf16, Dtype::Bf16));
     let text = recipe.to_ron();
     let again = load(&text, &[]).unwrap_or_else(|e| panic!("{text}\n{e}"));
     assert_eq!(recipe, again, "{text}");
@@ -251,6 +255,8 @@ fn an_unknown_name() {
     holds(&text, &["backend: unknown name `Gpu`", "Auto, Cpu, Cuda"]);
     let (_, _, text) = only(GOOD, &["precision=f16"]);
     holds(&text, &["unknown name `f16`", "did you mean `Bf16`? Valid names: Bf16, F32"]);
+    let (_, _, text) = only(GOOD, &["optimizer.state_dtype=F8"]);
+    holds(&text, &["optimizer.state_dtype: unknown name `F8`", "Bf16, F32"]);
     let (_, _, text) = only(GOOD, &["backend=Cuda(devise: 1)"]);
     holds(&text, &["backend.devise: unknown key `devise`", "did you mean `device`?"]);
     for (set, precision) in [("f32", Precision::F32), ("BF16", Precision::Bf16), ("\"Bf16\"", Precision::Bf16)] {

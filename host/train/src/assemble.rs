@@ -3,11 +3,11 @@
 use crate::error::TrainError;
 use crate::run_folder::PluginRecord;
 use clip_host_data::DataConfig;
-use clip_host_model::{Device, ModelError, ModelSpec, ParamGroup, Part};
+use clip_host_model::{Device, Halves, ModelError, ModelSpec, ParamGroup, Part};
 use clip_host_plugin_api::describe::Kind;
 use clip_host_plugin_api::scheduler::{Progress, ScheduleAnswer, ScheduleRequest};
 use clip_host_plugins::{ConfigError, Plugin, PluginError, Registry};
-use clip_host_recipe::{Backend, PluginChoice, Precision, Recipe, RecipeError};
+use clip_host_recipe::{Backend, Dtype, PluginChoice, Precision, Recipe, RecipeError};
 use std::sync::Arc;
 
 /// The plugins of a run, each with its complete settings.
@@ -112,6 +112,11 @@ impl Plugins {
                 Precision::F32 => clip_host_model::Precision::F32,
                 Precision::Bf16 => clip_host_model::Precision::Bf16,
             },
+            halves: Halves {
+                image_encoder: recipe.model.image_encoder.weights_dtype == Dtype::Bf16,
+                text_encoder: recipe.model.text_encoder.weights_dtype == Dtype::Bf16,
+                statistics: recipe.optimizer.state_dtype == Dtype::Bf16,
+            },
             dataset_size,
             weight_decay: recipe.optimizer.weight_decay,
             no_decay: recipe.optimizer.no_decay.clone(),
@@ -150,13 +155,15 @@ fn param_group(group: &clip_host_recipe::ParamGroup, lr: f64) -> ParamGroup {
     }
 }
 
-/// What is wrong with the recipe's groups of parameters, in its place: a pattern that matches none, or nothing to train.
+/// What is wrong with the recipe's groups of parameters or their states, in its place: a pattern that matches none, nothing
+/// to train, or a type for states that the optimizer does not keep.
 pub fn check_groups(recipe: &Recipe, spec: &ModelSpec) -> Option<RecipeError> {
     use clip_host_recipe::Part as RecipePart;
     let error = clip_host_model::check_groups(spec).err()?;
     let key = match &error {
         ModelError::Pattern { key, .. } => key,
         ModelError::AllFrozen => "optimizer.groups",
+        ModelError::NoStatistics { .. } => "optimizer.state_dtype",
         // A plugin's refusal, which is told where the plugin is asked in earnest.
         _ => return None,
     };
