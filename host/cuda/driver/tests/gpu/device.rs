@@ -3,6 +3,7 @@
 use crate::{Random, bytes, gpu, numbers};
 use clip_host_cuda_driver::compile::{compile, version};
 use clip_host_cuda_driver::{CudaError, Device, Event, Queue};
+use std::thread;
 
 const KERNELS: &str = r#"
 extern "C" __global__ void axpy(float *y, const float *x, long long n, unsigned long long factor) {
@@ -246,6 +247,47 @@ fn a_graph_does_its_work_at_each_replay() {
     assert_eq!(numbers(&back), vec![15.0; count]);
     drop(graph);
     assert!(matches!(device.download(y, &mut back), Err(CudaError::Range { .. })), "the graph was the last to need it");
+}
+
+#[test]
+fn captured_copies_are_replayed_and_keep_their_memory() {
+    let Some((_alone, device)) = gpu("captured_copies_are_replayed_and_keep_their_memory") else { return };
+    let memory = device.alloc(512).unwrap();
+    let (from, to) = (memory.address(), memory.address() + 256);
+    let graph = device.capture(|| device.copy(from, to, 256, Queue::Compute)).unwrap();
+    drop(memory);
+    for value in 1..4 {
+        device.upload(from, &[value; 256]).unwrap();
+        device.replay(&graph).unwrap();
+        let mut back = [0; 256];
+        device.download(to, &mut back).unwrap();
+        assert_eq!(back, [value; 256]);
+    }
+    // Given back while a replay may be under way.
+    device.replay(&graph).unwrap();
+    drop(graph);
+    assert!(matches!(device.upload(from, &[1]), Err(CudaError::Range { .. })), "the graph was the last to need it");
+}
+
+#[test]
+fn several_threads_share_a_device() {
+    let Some((_alone, device)) = gpu("several_threads_share_a_device") else { return };
+    thread::scope(|scope| {
+        for value in 1..5 {
+            let device = &device;
+            scope.spawn(move || {
+                for bytes in [1, 1000, 100_000] {
+                    let memory = device.alloc(bytes).unwrap();
+                    let mut pinned = device.pinned(bytes).unwrap();
+                    pinned.as_mut_slice().unwrap().fill(value);
+                    device.upload_async(&pinned, 0..bytes, memory.address(), Queue::Compute).unwrap();
+                    let mut back = vec![0; bytes];
+                    device.download(memory.address(), &mut back).unwrap();
+                    assert_eq!(back, vec![value; bytes]);
+                }
+            });
+        }
+    });
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod blas;
 mod device;
 mod dnn;
+mod stand_in;
 
 use clip_host_cuda_driver::{CudaError, Device, DeviceMemory, Element};
 use std::sync::{Mutex, MutexGuard, PoisonError};
