@@ -296,6 +296,12 @@ impl Executor {
         }
     }
 
+    /// The shape of an input with four dimensions, if the program reads one of this name.
+    pub fn input_shape(&self, name: &str) -> Option<[usize; 4]> {
+        let id = self.plan.leaves[*self.inputs.get(name)?];
+        self.plan.nodes[id as usize].shape.as_slice().try_into().ok()
+    }
+
     /// Whether the program reads an input of this name.
     pub fn has_input(&self, name: &str) -> bool {
         self.inputs.contains_key(name)

@@ -1,8 +1,9 @@
 //! Runs a plan on a [`Machine`].
 
-use crate::launch::{Address, Block, Schedule, Work, control};
+use crate::launch::{Address, Block, Launch, Schedule, Work, control};
 use crate::machine::{Handle, Machine, MachineError, Recording};
-use crate::schedule::{Places, ScheduleError, schedule};
+use crate::render::own::{self, Target};
+use crate::schedule::{Places, ScheduleError, schedule, standalone};
 use crate::verify::{self, VerifyError};
 use clip_host_compiler::kernel::{Element, Operand};
 use clip_host_compiler::plan::Plan;
@@ -175,6 +176,24 @@ pub struct Executor {
     runs: u64,
     /// Milliseconds of each of the plan's kernels in the last run, if they are measured.
     timings: Option<Vec<f64>>,
+    /// Images that come as pixels.
+    pixels: Option<PixelInput>,
+}
+
+/// How images get to their input.
+struct PixelInput {
+    /// Pixels arrive in turns: one slot is filled while the other is read.
+    slots: [Buffer; 2],
+    slot: usize,
+    levels: Buffer,
+    /// What the table on the device holds.
+    levels_of: Option<[[f32; 256]; 3]>,
+    function: Handle,
+    launch: Launch,
+    /// The input's memory.
+    to: u64,
+    /// Whether pixels were sent that no run has used.
+    sent: bool,
 }
 
 impl Executor {
@@ -225,7 +244,7 @@ impl Executor {
                 Block::Arena => arena,
                 Block::Leaf(index) => leaves[index],
                 Block::Scratch => scratch,
-                Block::Control => control,
+                _ => control,
             };
             base + at.offset as u64
         };
@@ -253,6 +272,7 @@ impl Executor {
             recording: None,
             runs: 0,
             timings: None,
+            pixels: None,
         })
     }
 
@@ -300,15 +320,78 @@ impl Executor {
         Ok(self.machine.upload(self.leaves[index], &bytes)?)
     }
 
-    /// Runs the program once. `seed` drives its random numbers. The first run launches kernel by kernel, the second records
-    /// the whole step, later ones replay it.
+    /// Fills an input of images `[n, 3, height, width]` with their pixels `[n, height, width, 3]`, normalised on the device: each
+    /// byte by its channel's table. Without pixels, those that were sent ahead are taken.
+    pub fn set_pixels(
+        &mut self,
+        name: &str,
+        pixels: Option<&[u8]>,
+        levels: &[[f32; 256]; 3],
+    ) -> Result<(), ExecuteError> {
+        if !self.has_input(name) {
+            return Ok(());
+        }
+        if let Some(pixels) = pixels {
+            self.send_pixels(name, pixels)?;
+        }
+        let not_sent = || ExecuteError::Unknown { what: "batch of pixels sent ahead for", name: name.into() };
+        let on = self.pixels.as_mut().filter(|on| on.sent).ok_or_else(not_sent)?;
+        on.sent = false;
+        if on.levels_of.as_ref() != Some(levels) {
+            let values: Vec<f32> = levels.iter().flatten().copied().collect();
+            self.machine.upload(on.levels.address, &encoded(&values, Element::F32))?;
+            on.levels_of = Some(*levels);
+        }
+        let slot = on.slot;
+        self.machine.receive(slot)?;
+        let arguments = [on.slots[slot].address, on.levels.address, on.to];
+        self.machine.launch(on.function, &on.launch, &arguments)?;
+        Ok(self.machine.release(slot)?)
+    }
+
+    /// Begins to copy the coming run's pixels to the device, while this run goes on.
+    pub fn send_pixels(&mut self, name: &str, pixels: &[u8]) -> Result<(), ExecuteError> {
+        let Some(&index) = self.inputs.get(name) else { return Ok(()) };
+        let id = self.plan.leaves[index] as usize;
+        let node = &self.plan.nodes[id];
+        check_size(name, node.elements(), pixels.len())?;
+        if self.pixels.is_none() {
+            let shape = <[usize; 4]>::try_from(node.shape.as_slice());
+            let no_images = |_| ExecuteError::Kept { name: name.into(), expected: "no images", got: "pixels" };
+            let shape = shape.map_err(no_images)?;
+            let buffer = |bytes| Buffer::new(&self.machine, bytes);
+            let (slots, levels) = ([buffer(pixels.len())?, buffer(pixels.len())?], buffer(3 * 256 * 4)?);
+            let at = |block| Address { block, offset: 0 };
+            let to = Target { at: at(Block::Leaf(index)), element: self.plan.storage[id], node: None };
+            let draft = own::normalize(at(Block::Pixels(0)), at(Block::Levels), to, shape);
+            let (function, launch) = standalone(draft);
+            let function = self.machine.load(&[function])?[0];
+            let to = self.leaves[index];
+            self.pixels =
+                Some(PixelInput { slots, slot: 1, levels, levels_of: None, function, launch, to, sent: false });
+        }
+        let Some(on) = &mut self.pixels else { return Ok(()) };
+        on.slot = 1 - on.slot;
+        self.machine.send(on.slot, on.slots[on.slot].address, pixels)?;
+        on.sent = true;
+        Ok(())
+    }
+
+    /// Runs the program once. `seed` drives its random numbers.
     pub fn run(&mut self, seed: u64) -> Result<(), ExecuteError> {
+        self.start(seed)?;
+        self.finish()
+    }
+
+    /// Begins to run the program. The first run launches kernel by kernel, the second records the whole step, later ones
+    /// replay it.
+    pub fn start(&mut self, seed: u64) -> Result<(), ExecuteError> {
         let mut start = [0; 16];
         start[..8].copy_from_slice(&seed.to_le_bytes());
         self.machine.upload(self.control, &start)?;
         self.runs += 1;
         if self.timings.is_some() {
-            return self.run_timed();
+            return self.start_timed();
         }
         match self.recording {
             Some(recording) => self.machine.replay(recording)?,
@@ -323,11 +406,25 @@ impl Executor {
             }
             None => self.launch_all()?,
         }
-        self.check_ids()
+        Ok(())
+    }
+
+    /// Waits for the run.
+    pub fn finish(&mut self) -> Result<(), ExecuteError> {
+        let mut flag = [0; 4];
+        self.machine.download(self.control + control::BAD_ID as u64, &mut flag)?;
+        if let Some(timings) = &mut self.timings {
+            let moments = self.machine.moments()?;
+            timings.iter_mut().for_each(|t| *t = 0.0);
+            for ((_, kernel), pair) in self.schedule.work.iter().zip(moments.windows(2)) {
+                timings[*kernel] += pair[1] - pair[0];
+            }
+        }
+        if flag == [0; 4] { Ok(()) } else { Err(ExecuteError::BadId) }
     }
 
     /// Enqueues one piece of work.
-    fn start(&self, number: usize) -> Result<(), ExecuteError> {
+    fn start_work(&self, number: usize) -> Result<(), ExecuteError> {
         let (function, arguments) = &self.ready[number];
         Ok(match &self.schedule.work[number].0 {
             Work::Launch(launch) => self.machine.launch(*function, launch, arguments)?,
@@ -336,29 +433,16 @@ impl Executor {
     }
 
     fn launch_all(&self) -> Result<(), ExecuteError> {
-        (0..self.ready.len()).try_for_each(|number| self.start(number))
+        (0..self.ready.len()).try_for_each(|number| self.start_work(number))
     }
 
-    fn run_timed(&mut self) -> Result<(), ExecuteError> {
+    fn start_timed(&mut self) -> Result<(), ExecuteError> {
         self.machine.note_moment()?;
         for number in 0..self.ready.len() {
-            self.start(number)?;
+            self.start_work(number)?;
             self.machine.note_moment()?;
         }
-        let moments = self.machine.moments()?;
-        if let Some(timings) = &mut self.timings {
-            timings.iter_mut().for_each(|t| *t = 0.0);
-            for ((_, kernel), pair) in self.schedule.work.iter().zip(moments.windows(2)) {
-                timings[*kernel] += pair[1] - pair[0];
-            }
-        }
-        self.check_ids()
-    }
-
-    fn check_ids(&self) -> Result<(), ExecuteError> {
-        let mut flag = [0; 4];
-        self.machine.download(self.control + control::BAD_ID as u64, &mut flag)?;
-        if flag == [0; 4] { Ok(()) } else { Err(ExecuteError::BadId) }
+        Ok(())
     }
 
     /// A result of the last run, contiguous.
@@ -369,7 +453,7 @@ impl Executor {
         let base = match at.block {
             Block::Arena => self.arena,
             Block::Leaf(index) => self.leaves[index],
-            Block::Scratch | Block::Control => return Ok(None),
+            _ => return Ok(None),
         };
         let address = base + (at.offset + operand.offset * element.bytes()) as u64;
         Ok(Some(download(&self.machine, address, elements(operand), element)?))

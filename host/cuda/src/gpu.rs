@@ -5,7 +5,7 @@ use crate::library::{Libraries, Ready};
 use crate::machine::{Handle, Machine, MachineError, Recording, Result};
 use clip_host_cuda_driver::blas::{Blas, Gemm, GemmPlan, Operands};
 use clip_host_cuda_driver::compile::Cache;
-use clip_host_cuda_driver::{CudaError, Device, DeviceMemory, Event, Graph, Queue};
+use clip_host_cuda_driver::{CudaError, Device, DeviceMemory, Event, Graph, Pinned, Queue};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
@@ -60,9 +60,20 @@ struct State {
     functions: Vec<clip_host_cuda_driver::Function>,
     products: Vec<(Gemm, GemmPlan)>,
     recordings: Vec<Graph>,
+    /// What is sent ahead.
+    slots: [Option<Slot>; 2],
     /// For measuring, made once; the first `noted` stand for moments.
     events: Vec<Event>,
     noted: usize,
+}
+
+/// Page-locked memory that images are sent from, and its copies' ends.
+struct Slot {
+    pinned: Pinned,
+    arrived: Event,
+    /// Of the last work that read what arrived.
+    read: Event,
+    is_read: bool,
 }
 
 impl fmt::Debug for Gpu {
@@ -143,6 +154,42 @@ impl Machine for Gpu {
 
     fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.device.upload(address, bytes).map_err(failed("a copy to the GPU"))
+    }
+
+    fn send(&self, slot: usize, address: u64, bytes: &[u8]) -> Result<()> {
+        let mut state = self.state();
+        let what = "sending images ahead";
+        let slot = state.slots.get_mut(slot).ok_or_else(|| MachineError::new(what, "there is no such slot"))?;
+        if slot.as_ref().is_none_or(|slot| slot.pinned.bytes() < bytes.len()) {
+            let pinned = self.device.pinned(bytes.len()).map_err(failed(what))?;
+            let event = || self.device.event().map_err(failed(what));
+            *slot = Some(Slot { pinned, arrived: event()?, read: event()?, is_read: false });
+        }
+        let Some(slot) = slot else { return Ok(()) };
+        // The copy before from this page-locked memory has been waited for by the step that read it.
+        slot.pinned.as_mut_slice().map_err(failed(what))?[..bytes.len()].copy_from_slice(bytes);
+        if slot.is_read {
+            self.device.wait(&slot.read, Queue::Copy).map_err(failed(what))?;
+        }
+        self.device.upload_async(&slot.pinned, 0..bytes.len(), address, Queue::Copy).map_err(failed(what))?;
+        self.device.record(&slot.arrived, Queue::Copy).map_err(failed(what))
+    }
+
+    fn receive(&self, slot: usize) -> Result<()> {
+        match self.state().slots.get(slot) {
+            Some(Some(slot)) => self.device.wait(&slot.arrived, Queue::Compute).map_err(failed("waiting for images")),
+            _ => Ok(()),
+        }
+    }
+
+    fn release(&self, slot: usize) -> Result<()> {
+        match self.state().slots.get_mut(slot) {
+            Some(Some(slot)) => {
+                slot.is_read = true;
+                self.device.record(&slot.read, Queue::Compute).map_err(failed("reading images"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {

@@ -15,6 +15,10 @@ pub enum Block {
     Scratch,
     /// The step's seed and the error flags: see [`control`].
     Control,
+    /// Pixels that were sent ahead, in one of two slots.
+    Pixels(usize),
+    /// The table that normalises them.
+    Levels,
 }
 
 /// The control block's layout.

@@ -48,6 +48,16 @@ pub trait Machine: Libraries + Send + Sync + Debug {
     /// Writes host bytes to memory. The bytes may be changed once the call returns.
     fn upload(&self, address: u64, bytes: &[u8]) -> Result<()>;
 
+    /// Begins to copy bytes to memory beside the stream, through page-locked memory of the slot's own; the bytes may be changed
+    /// once the call returns. There are two slots.
+    fn send(&self, slot: usize, address: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Makes later work wait until what was sent through the slot has arrived.
+    fn receive(&self, slot: usize) -> Result<()>;
+
+    /// Notes that the work enqueued so far is the last to read what the slot sent: the next copy into it waits for that.
+    fn release(&self, slot: usize) -> Result<()>;
+
     /// Reads memory, after all work before.
     fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
 

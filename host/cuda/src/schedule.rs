@@ -5,7 +5,7 @@ use crate::library::{self, Item, Libraries};
 use crate::render::own::{self, Pooling, Source, Target};
 use crate::render::product::{self, Convolution};
 use crate::render::{Draft, fused};
-use clip_host_compiler::kernel::{Element, Kernel, Operand, Rounding};
+use clip_host_compiler::kernel::{Kernel, Operand};
 use clip_host_compiler::plan::{Place, Plan, Region};
 use clip_host_plugin_api::ir::{Layout, NodeId, Op};
 use std::collections::HashMap;
@@ -115,6 +115,14 @@ impl Builder {
     }
 }
 
+/// A launch outside any plan, with its function.
+pub fn standalone(draft: Draft) -> (Function, Launch) {
+    let Draft { text, grid, block, arguments, in_place } = draft;
+    let threads = block.iter().product();
+    let name = format!("k{:016x}", hash(&text) ^ u64::from(threads));
+    (Function { name, text, threads }, Launch { function: 0, grid, block, arguments, in_place })
+}
+
 /// FNV-1a.
 fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
@@ -132,13 +140,6 @@ fn items(places: &Places, kernel: &Kernel, libraries: &dyn Libraries) -> Result<
     let rendered = |drafts: Vec<Draft>| drafts.into_iter().map(Item::Draft).collect();
     Ok(match kernel {
         Kernel::Fused(kernel) => {
-            // Told rather than rounded to nearest, which loses every small change.
-            if kernel.outputs.iter().any(|o| o.rounding != Rounding::Nearest) {
-                return Err(ScheduleError::Unsupported {
-                    op: "rounding at random",
-                    layout: Element::Bf16.name().into(),
-                });
-            }
             for id in kernel.inputs.iter().map(|i| i.source).chain(kernel.outputs.iter().map(|o| o.target)) {
                 places.of(id).ok_or(ScheduleError::NoPlace(id))?;
             }

@@ -98,6 +98,7 @@ fn place(plan: &Plan, schedule: &Schedule, places: &Places, argument: &Argument)
         },
         Block::Scratch => schedule.scratch,
         Block::Control => control::BYTES,
+        Block::Pixels(_) | Block::Levels => return Err(format!("{:?} in a plan", at.block)),
     };
     let end = at.offset + bytes;
     if end > size {

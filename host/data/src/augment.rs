@@ -120,6 +120,35 @@ impl ImageTransform {
         scratch: &mut TransformScratch,
         out: &mut [f32],
     ) -> Result<(), BadSample> {
+        self.augmented(rng, image, scratch)?;
+        self.normalize(&scratch.image, out);
+        Ok(())
+    }
+
+    /// The training transform without its last step; writes `size · size` pixels of three bytes. A GPU looks their levels up
+    /// itself ([`ImageTransform::levels`]).
+    ///
+    /// # Errors
+    /// As [`ImageTransform::train`].
+    pub fn train_pixels(
+        &self,
+        rng: &mut Rng,
+        image: &RgbImage,
+        scratch: &mut TransformScratch,
+        out: &mut [u8],
+    ) -> Result<(), BadSample> {
+        self.augmented(rng, image, scratch)?;
+        out.copy_from_slice(&scratch.image.pixels);
+        Ok(())
+    }
+
+    /// Normalised value of each channel's 256 levels: `(level / 255 − mean) / std`.
+    pub fn levels(&self) -> &[[f32; 256]; 3] {
+        &self.levels
+    }
+
+    /// Leaves the augmented image in the scratch.
+    fn augmented(&self, rng: &mut Rng, image: &RgbImage, scratch: &mut TransformScratch) -> Result<(), BadSample> {
         let TransformScratch { resizer, image: small, bytes } = scratch;
         let crop = match &self.augment.random_resized_crop {
             Some(config) => random_crop(config, rng, image.width, image.height),
@@ -133,7 +162,6 @@ impl ImageTransform {
         if let Some(config) = &self.augment.rand_augment {
             rand_augment(config, rng, small, bytes);
         }
-        self.normalize(small, out);
         Ok(())
     }
 

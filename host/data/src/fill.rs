@@ -80,6 +80,8 @@ pub(crate) struct Shared {
     pub batch_size: usize,
     pub seed: u64,
     pub cache: Option<Arc<SampleCache>>,
+    /// Whether batches hold pixels instead of normalised images.
+    pub pixels: bool,
     pub bad: BadList,
     pub stop: AtomicBool,
 }
@@ -256,13 +258,15 @@ impl Filler {
             }
         };
         let len = 3 * shared.transform.size() * shared.transform.size();
-        let out = &mut batch.images[row * len..(row + 1) * len];
+        let place = row * len..(row + 1) * len;
+        let mut rng = Rng::new(key(&[shared.seed, purpose::AUGMENT, epoch, image as u64]));
         match shared.order {
-            Order::Shuffled => {
-                let mut rng = Rng::new(key(&[shared.seed, purpose::AUGMENT, epoch, image as u64]));
-                shared.transform.train(&mut rng, decoded, &mut self.transform, out)
+            Order::Shuffled if shared.pixels => {
+                let out = &mut batch.pixels[place];
+                shared.transform.train_pixels(&mut rng, decoded, &mut self.transform, out)
             }
-            _ => shared.transform.test(decoded, &mut self.transform, out),
+            Order::Shuffled => shared.transform.train(&mut rng, decoded, &mut self.transform, &mut batch.images[place]),
+            _ => shared.transform.test(decoded, &mut self.transform, &mut batch.images[place]),
         }
     }
 

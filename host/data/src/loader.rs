@@ -59,8 +59,10 @@ pub struct Batch {
     /// Rows that hold samples; fewer than the batch size only in evaluation. The others hold zero images, the ids and
     /// mask of an empty caption's first token, and ids of −1.
     pub len: usize,
-    /// Normalised images, `[batch, 3, size, size]`; empty for [`Order::Texts`].
+    /// Normalised images, `[batch, 3, size, size]`; empty for [`Order::Texts`], and where `pixels` are asked for.
     pub images: Vec<f32>,
+    /// Images before normalisation, `[batch, size, size, 3]`; empty unless [`Data::pixels`] asks for them.
+    pub pixels: Vec<u8>,
     /// Token ids, `[batch, max_length]`.
     pub input_ids: Vec<i32>,
     /// 1 for tokens, 0 for padding, `[batch, max_length]`.
@@ -77,7 +79,9 @@ impl Batch {
         let (rows, tokens, size) = (shared.batch_size, shared.tokenizer.max_length(), shared.transform.size());
         (self.epoch, self.step, self.len) = (at.epoch, at.step, 0);
         let image_len = if shared.order == Order::Texts { 0 } else { 3 * size * size };
-        self.images.resize(rows * image_len, 0.0);
+        let (images, pixels) = if shared.pixels { (0, image_len) } else { (image_len, 0) };
+        self.images.resize(rows * images, 0.0);
+        self.pixels.resize(rows * pixels, 0);
         self.input_ids.resize(rows * tokens, 0);
         self.attention_mask.resize(rows * tokens, 0.0);
         self.sample_ids.resize(rows, -1);
@@ -124,6 +128,8 @@ pub struct LoaderConfig {
     pub queue_batches: usize,
     /// Decoded images and token ids kept in memory, of this data set and this tokenizer.
     pub cache: Option<Arc<SampleCache>>,
+    /// Whether shuffled batches hold pixels instead of normalised images.
+    pub pixels: bool,
 }
 
 struct Ticket {
@@ -203,6 +209,7 @@ impl Loader {
             batch_size: config.batch_size,
             seed: config.seed,
             cache: config.cache,
+            pixels: config.pixels,
             bad: BadList::default(),
             stop: AtomicBool::new(false),
         });
@@ -407,6 +414,8 @@ pub struct Data {
     pub val: Arc<Dataset>,
     /// Captions to ids.
     pub tokenizer: Arc<CaptionTokenizer>,
+    /// Whether training batches hold pixels instead of normalised images: for a device that normalises them itself.
+    pub pixels: bool,
     train_cache: Option<Arc<SampleCache>>,
     val_cache: Option<Arc<SampleCache>>,
 }
@@ -426,7 +435,7 @@ impl Data {
         let budget = CacheBudget::new(config.cache_bytes);
         let cache = |dataset| if config.cache_bytes > 0 { SampleCache::new(dataset, &budget) } else { None };
         let (val_cache, train_cache) = (cache(&val), cache(&train));
-        Ok(Data { config: config.clone(), train, val, tokenizer, train_cache, val_cache })
+        Ok(Data { config: config.clone(), train, val, tokenizer, pixels: false, train_cache, val_cache })
     }
 
     /// Training batches from `start` on; `epochs` counts from epoch 0, None never ends.
@@ -436,6 +445,7 @@ impl Data {
     pub fn train_loader(&self, batch_size: usize, seed: u64, start: Position, epochs: Option<u64>) -> Result<Loader> {
         let mut config = self.loader_config(&self.train, &self.train_cache, Order::Shuffled, batch_size);
         (config.seed, config.start, config.epochs) = (seed, start, epochs);
+        config.pixels = self.pixels;
         Loader::new(config)
     }
 
@@ -466,6 +476,7 @@ impl Data {
             workers: self.config.workers,
             queue_batches: self.config.queue_batches,
             cache: cache.clone(),
+            pixels: false,
         }
     }
 }

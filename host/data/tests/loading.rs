@@ -243,6 +243,7 @@ fn a_panic_in_a_worker_reaches_the_caller() {
         workers,
         queue_batches: 2,
         cache: Some(cache.clone()),
+        pixels: false,
     };
     assert_eq!(drain(Loader::new(config(&data, 2)).unwrap()).len(), 4);
     let mut shorter = data.config.clone();

@@ -143,6 +143,7 @@ pub(crate) struct OnGpu {
     /// Seconds of each kernel over all runs, if they are measured.
     total: Option<Vec<f64>>,
     spans: Vec<(Instant, Instant)>,
+    began: Instant,
 }
 
 impl Runner {
@@ -156,7 +157,8 @@ impl Runner {
                 let kernels = plan.kernels.len();
                 let executor = clip_host_cuda::Executor::new(plan, machine.clone(), store)?;
                 let phase_of = vec![0; kernels];
-                Runner::Cuda(Box::new(OnGpu { executor, phase_of, phases: [0.0; 3], total: None, spans: vec![] }))
+                let (phases, began) = ([0.0; 3], Instant::now());
+                Runner::Cuda(Box::new(OnGpu { executor, phase_of, phases, total: None, spans: vec![], began }))
             }
             _ => return Err(clip_host_cpu::ExecuteError::Store.into()),
         })
@@ -185,13 +187,60 @@ impl Runner {
         }
     }
 
-    /// Runs the program once. `seed` drives its random numbers.
-    pub(crate) fn run(&mut self, tensors: &mut Tensors, seed: u64) -> Result<(), ModelError> {
+    /// Fills an input of images with their pixels `[batch, size, size, 3]`, normalised by looking their levels up.
+    /// Without pixels, those that were sent ahead are taken.
+    pub(crate) fn set_pixels(
+        &mut self,
+        name: &str,
+        pixels: Option<&[u8]>,
+        levels: &[[f32; 256]; 3],
+    ) -> Result<(), ModelError> {
+        match self {
+            Runner::Cpu(executor) => {
+                let Some(pixels) = pixels else { return Err(sent_to_cpu(name)) };
+                let Some([n, 3, height, width]) = executor.input_shape(name) else { return Ok(()) };
+                let plane = height * width;
+                let mut images = vec![0.0; n * 3 * plane];
+                for (at, pixel) in pixels.chunks_exact(3).enumerate().take(n * plane) {
+                    for (channel, &level) in pixel.iter().enumerate() {
+                        images[(at / plane * 3 + channel) * plane + at % plane] = levels[channel][usize::from(level)];
+                    }
+                }
+                Ok(executor.set_f32(name, &images)?)
+            }
+            Runner::Cuda(on) => Ok(on.executor.set_pixels(name, pixels, levels)?),
+        }
+    }
+
+    /// Begins to copy the coming run's pixels to a GPU.
+    pub(crate) fn send_pixels(&mut self, name: &str, pixels: &[u8]) -> Result<(), ModelError> {
+        match self {
+            Runner::Cpu(_) => Err(sent_to_cpu(name)),
+            Runner::Cuda(on) => Ok(on.executor.send_pixels(name, pixels)?),
+        }
+    }
+
+    /// Begins to run the program; on the CPU, runs it.
+    pub(crate) fn start(&mut self, tensors: &mut Tensors, seed: u64) -> Result<(), ModelError> {
         match (self, tensors) {
             (Runner::Cpu(executor), Tensors::Cpu(store)) => Ok(executor.run(store, seed)?),
-            (Runner::Cuda(on), Tensors::Cuda(_)) => on.run(seed),
+            (Runner::Cuda(on), Tensors::Cuda(_)) => on.start(seed),
             _ => Err(clip_host_cpu::ExecuteError::Store.into()),
         }
+    }
+
+    /// Waits for what [`Runner::start`] began.
+    pub(crate) fn finish(&mut self) -> Result<(), ModelError> {
+        match self {
+            Runner::Cpu(_) => Ok(()),
+            Runner::Cuda(on) => on.finish(),
+        }
+    }
+
+    /// Runs the program once. `seed` drives its random numbers.
+    pub(crate) fn run(&mut self, tensors: &mut Tensors, seed: u64) -> Result<(), ModelError> {
+        self.start(tensors, seed)?;
+        self.finish()
     }
 
     /// A result of the last run, contiguous; `None` if there is none of this name.
@@ -247,15 +296,24 @@ impl Runner {
     }
 }
 
+/// Nothing is sent ahead to where the images are already.
+fn sent_to_cpu(name: &str) -> ModelError {
+    clip_host_cpu::ExecuteError::Unknown { what: "GPU to send ahead to, for", name: name.into() }.into()
+}
+
 impl OnGpu {
-    fn run(&mut self, seed: u64) -> Result<(), ModelError> {
-        let began = Instant::now();
-        self.executor.run(seed)?;
+    fn start(&mut self, seed: u64) -> Result<(), ModelError> {
+        self.began = Instant::now();
+        Ok(self.executor.start(seed)?)
+    }
+
+    fn finish(&mut self) -> Result<(), ModelError> {
+        self.executor.finish()?;
         let (Some(total), Some(milliseconds)) = (&mut self.total, self.executor.timings()) else { return Ok(()) };
         self.phases = [0.0; 3];
         self.spans.clear();
         // The device's clock has no common start with the host's: kernels are shown one after the other.
-        let mut at = began;
+        let mut at = self.began;
         for (kernel, ms) in milliseconds.iter().enumerate() {
             let seconds = ms.max(0.0) / 1e3;
             total[kernel] += seconds;

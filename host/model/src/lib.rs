@@ -15,7 +15,7 @@ pub use clip_host_compiler::precision::Precision;
 pub use device::{Device, Engine};
 pub use groups::ParamGroup;
 pub use inspect::{Buffer, KernelInfo, LeafInfo, MemoryMap, Owner, Phase, Stay, StepPlan, part};
-pub use session::{EVAL_BATCH, Session, cuda_schedule};
+pub use session::{Ahead, EVAL_BATCH, Session, cuda_schedule};
 
 use clip_host_plugins::Plugin;
 use std::borrow::Cow;
@@ -75,10 +75,20 @@ pub struct Halves {
     pub statistics: bool,
 }
 
+/// The images of a batch.
+#[derive(Clone, Copy, Debug)]
+pub enum Images<'a> {
+    /// Normalised, `[batch, 3, size, size]`.
+    Normalized(&'a [f32]),
+    /// Pixels `[batch, size, size, 3]`, and the normalised value of each channel's levels.
+    Pixels { pixels: &'a [u8], levels: &'a [[f32; 256]; 3] },
+    /// Those that [`Ahead::send`] sent during the step before.
+    Sent { levels: &'a [[f32; 256]; 3] },
+}
+
 /// One batch, borrowed.
 pub struct StepInput<'a> {
-    /// `[batch, 3, size, size]`
-    pub images: &'a [f32],
+    pub images: Images<'a>,
     /// `[batch, length]`
     pub input_ids: &'a [i32],
     /// `[batch, length]`

@@ -4,8 +4,8 @@ use crate::assemble::{ParamSlot, StateSlot, Tower, Training, evaluation, trainin
 use crate::device::{Device, Engine, Runner, Tensors};
 use crate::groups::{ScalarSet, active_input, scalar_input};
 use crate::{
-    KernelInfo, ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, TensorInfo, init,
-    inspect,
+    Images, KernelInfo, ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, TensorInfo,
+    init, inspect,
 };
 use clip_host_compiler::kernel::{Element, Kernel};
 use clip_host_compiler::plan::{Plan, Region};
@@ -17,6 +17,22 @@ use std::time::Instant;
 
 /// Samples that a tower encodes at once in evaluation.
 pub const EVAL_BATCH: usize = 64;
+
+/// Sends the coming step's images ahead while a step runs.
+pub struct Ahead<'s> {
+    step: &'s mut Runner,
+}
+
+impl Ahead<'_> {
+    /// Begins to copy pixels `[batch, size, size, 3]` to the GPU; the step after this one
+    /// is given [`Images::Sent`]. On the CPU there is nothing to be gained: it is an error there.
+    ///
+    /// # Errors
+    /// If they cannot be copied.
+    pub fn send(&mut self, pixels: &[u8]) -> Result<(), ModelError> {
+        self.step.send_pixels("images", pixels)
+    }
+}
 
 /// A model, compiled.
 pub struct Session {
@@ -80,8 +96,21 @@ impl Session {
     /// Forward, backward and update. With a loss or gradient that is not finite, an error that names the step; the
     /// caller then must not use the session's tensors.
     pub fn train_step(&mut self, input: &StepInput) -> Result<StepOutput, ModelError> {
+        self.train_step_while(input, |_| ())
+    }
+
+    /// As [`Session::train_step`]. On a GPU `meanwhile` runs while the step does, and may send the coming step's images ahead.
+    pub fn train_step_while(
+        &mut self,
+        input: &StepInput,
+        meanwhile: impl FnOnce(&mut Ahead),
+    ) -> Result<StepOutput, ModelError> {
         let step = &mut self.step;
-        step.set_f32("images", input.images)?;
+        match input.images {
+            Images::Normalized(images) => step.set_f32("images", images)?,
+            Images::Pixels { pixels, levels } => step.set_pixels("images", Some(pixels), levels)?,
+            Images::Sent { levels } => step.set_pixels("images", None, levels)?,
+        }
         step.set_i32("input_ids", input.input_ids)?;
         step.set_f32("attention_mask", input.attention_mask)?;
         step.set_i32("image_ids", input.image_ids)?;
@@ -101,7 +130,9 @@ impl Session {
             }
             step.set_f32(&active_input(number), &[f32::from(u8::from(active))])?;
         }
-        step.run(&mut self.store, mix(self.spec.seed ^ mix(input.step)))?;
+        step.start(&mut self.store, mix(self.spec.seed ^ mix(input.step)))?;
+        meanwhile(&mut Ahead { step });
+        step.finish()?;
         let scalar = |name: &str| -> Result<Option<f32>, ModelError> {
             Ok(step.output(&self.store, name)?.and_then(|v| v.first().copied()))
         };

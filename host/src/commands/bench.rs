@@ -6,8 +6,8 @@ use crate::profile::{self, Profile};
 use crate::{output, prepare};
 use clip_host_cpu::ThreadPool;
 use clip_host_cpu::peak::Peaks;
-use clip_host_data::{Batch, Data, DataConfig, DataError, Loader, Position};
-use clip_host_model::{Session, StepInput};
+use clip_host_data::{Batch, Data, DataConfig, DataError, ImageTransform, Loader, Position};
+use clip_host_model::{Ahead, Device, Images, Session, StepInput};
 use serde_json::{Value, json};
 use std::time::Instant;
 
@@ -25,22 +25,27 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     let (recipe, config) = prepare::recipe(&args.recipe, &prepare::sets(&args.set, &flags))?;
     let plugins = prepare::plugins(&recipe)?;
     let batch = recipe.train.batch_size;
-    let (mut source, dataset_size) = match args.synthetic {
-        true => {
-            let source = Source::synthetic(&config, batch, plugins.vocab_size().unwrap_or(30_522));
-            (source, prepare::synthetic_dataset(batch))
-        }
-        false => {
-            let data = Data::open(&config, &prepare::base()?)?;
-            let loader = data.train_loader(batch, recipe.seed, Position::default(), None)?;
-            (Source::Loader(Box::new(loader)), data.train.num_images().max(data.train.num_texts()))
-        }
-    };
     let device = match args.backend {
         Some(BackendArg::Emulator) => prepare::device_of(BackendArg::Emulator)?,
         _ => prepare::device(&recipe)?,
     };
-    let device_name = device.name();
+    let (device_name, on_gpu) = (device.name(), matches!(device, Device::Cuda(_)));
+    let levels = *ImageTransform::new(&config).levels();
+    let (mut source, dataset_size) = match args.synthetic {
+        true => {
+            let mut source = Source::synthetic(&config, batch, plugins.vocab_size().unwrap_or(30_522));
+            if on_gpu {
+                source.with_pixels();
+            }
+            (source, prepare::synthetic_dataset(batch))
+        }
+        false => {
+            let mut data = Data::open(&config, &prepare::base()?)?;
+            data.pixels = on_gpu;
+            let loader = data.train_loader(batch, recipe.seed, Position::default(), None)?;
+            (Source::Loader(Box::new(loader)), data.train.num_images().max(data.train.num_texts()))
+        }
+    };
     let spec = plugins.model(&recipe, &config, dataset_size, device);
     let mut profile = match &args.profile {
         // The file first: measuring for nothing would be a pity.
@@ -58,12 +63,28 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     if let Some(profile) = &mut profile {
         profile.describe(session.kernel_infos());
     }
+    let mut upcoming: Option<Result<Batch, CliError>> = None;
     for step in 0..WARM_UP + args.steps {
         let begun = Instant::now();
-        let input = source.next(step)?;
+        let (input, sent) = match upcoming.take() {
+            Some(batch) => (batch?, true),
+            None => (source.next(step)?, false),
+        };
         let waited = begun.elapsed();
-        let output = session.train_step(&StepInput {
-            images: &input.images,
+        let images = match on_gpu {
+            false => Images::Normalized(&input.images),
+            true if sent => Images::Sent { levels: &levels },
+            true => Images::Pixels { pixels: &input.pixels, levels: &levels },
+        };
+        // As in training: while a GPU is at this step, the next one's images are sent.
+        let fetch = |ahead: &mut Ahead| {
+            if on_gpu {
+                let next = source.next(step + 1).map_err(CliError::from);
+                upcoming = Some(next.and_then(|next| ahead.send(&next.pixels).map(|()| next).map_err(CliError::from)));
+            }
+        };
+        let step_input = StepInput {
+            images,
             input_ids: &input.input_ids,
             attention_mask: &input.attention_mask,
             image_ids: &input.sample_ids,
@@ -73,7 +94,8 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
             // Measured steps are all of one epoch.
             steps_per_epoch: u64::MAX,
             lr: recipe.optimizer.lr,
-        })?;
+        };
+        let output = session.train_step_while(&step_input, fetch)?;
         tracing::debug!(step, loss = output.loss, "measured step");
         source.recycle(input);
         if step >= WARM_UP {
@@ -199,7 +221,8 @@ fn peak_rss_bytes() -> Value {
 /// Where the batches of a measurement come from.
 pub(super) enum Source {
     Loader(Box<Loader>),
-    Synthetic(Box<Batch>),
+    /// Batches that are not in use.
+    Synthetic(Vec<Batch>),
 }
 
 impl Source {
@@ -217,7 +240,7 @@ impl Source {
         let (pixels, tokens) = (3 * config.image_size * config.image_size, config.text.max_length);
         let images = (0..batch * pixels).map(|_| 4.0 * uniform(next()) - 2.0).collect();
         let input_ids = (0..batch * tokens).map(|_| (next() % vocab_size.max(1) as u64) as i32).collect();
-        Source::Synthetic(Box::new(Batch {
+        Source::Synthetic(vec![Batch {
             epoch: 0,
             step: 0,
             len: batch,
@@ -226,14 +249,25 @@ impl Source {
             attention_mask: vec![1.0; batch * tokens],
             sample_ids: (0..batch as i32).collect(),
             text_ids: (0..batch as i32).collect(),
-        }))
+            pixels: Vec::new(),
+        }])
+    }
+
+    /// Random pixels instead of normalised images, in two batches: one is sent ahead while the other is trained on.
+    fn with_pixels(&mut self) {
+        if let Source::Synthetic(batches) = self {
+            for batch in batches.iter_mut() {
+                batch.pixels = std::mem::take(&mut batch.images).iter().map(|v| (v * 63.0 + 128.0) as u8).collect();
+            }
+            batches.extend_from_within(..);
+        }
     }
 
     pub(super) fn next(&mut self, step: u64) -> Result<Batch, DataError> {
         match self {
             Source::Loader(loader) => loader.next_batch()?.ok_or(DataError::Stopped),
-            Source::Synthetic(batch) => {
-                let mut batch = std::mem::take(&mut **batch);
+            Source::Synthetic(batches) => {
+                let mut batch = batches.pop().unwrap_or_default();
                 batch.step = step;
                 // Other samples at every step, as in training.
                 let rows = batch.len as i32;
@@ -249,7 +283,7 @@ impl Source {
     fn recycle(&mut self, batch: Batch) {
         match self {
             Source::Loader(loader) => loader.recycle(batch),
-            Source::Synthetic(kept) => **kept = batch,
+            Source::Synthetic(batches) => batches.push(batch),
         }
     }
 }

@@ -11,8 +11,8 @@ use crate::progress::{self, Progress};
 use crate::report;
 use crate::run_folder::RunFolder;
 use crate::tensorboard::EventFile;
-use clip_host_data::{Batch, Data, DataError, Loader, Position};
-use clip_host_model::{Device, ModelError, Session, StepInput};
+use clip_host_data::{Batch, Data, DataError, ImageTransform, Loader, Position};
+use clip_host_model::{Ahead, Device, Images, ModelError, Session, StepInput};
 use clip_host_plugin_api::scheduler;
 use clip_host_recipe::Recipe;
 use serde::{Deserialize, Serialize};
@@ -111,6 +111,10 @@ struct Run<'p> {
     events: EventFile,
     progress: &'p mut Progress,
     state: State,
+    /// The next batch, if it was fetched while the step before it ran.
+    upcoming: Option<Result<Batch>>,
+    /// What the levels of pixels stand for.
+    levels: Box<[[f32; 256]; 3]>,
     /// Step at which the run ends.
     last_step: u64,
     /// Newest checkpoint, and the step that it was written at.
@@ -134,8 +138,9 @@ struct Clock {
 
 impl<'p> Run<'p> {
     /// Compiles the model and puts it where the newest checkpoint says.
-    fn start(job: Job, progress: &'p mut Progress) -> Result<Run<'p>> {
+    fn start(mut job: Job, progress: &'p mut Progress) -> Result<Run<'p>> {
         let started = Instant::now();
+        job.data.pixels = matches!(job.device, Device::Cuda(_));
         job.folder.remove_summary()?;
         for (old, new) in job.folder.record_plugins(&job.plugins.records())? {
             tracing::warn!(
@@ -199,7 +204,24 @@ impl<'p> Run<'p> {
             Clock { started, compile_ms, window: Default::default(), total: Default::default(), step_seconds: None };
         let saved = found.map(|found| (found.state.step, found.path));
         let (last_loss, last_lr) = (f64::NAN, f64::NAN);
-        Ok(Run { job, session, loader, metrics, events, progress, state, last_step, saved, clock, last_loss, last_lr })
+        let levels = Box::new(*ImageTransform::new(&job.data.config).levels());
+        let upcoming = None;
+        Ok(Run {
+            job,
+            session,
+            loader,
+            metrics,
+            events,
+            progress,
+            state,
+            upcoming,
+            levels,
+            last_step,
+            saved,
+            clock,
+            last_loss,
+            last_lr,
+        })
     }
 
     fn is_over(&self) -> bool {
@@ -219,11 +241,18 @@ impl<'p> Run<'p> {
     fn step(&mut self) -> Result<()> {
         let begun = Instant::now();
         let waited = self.loader.wait_seconds();
-        let batch = self.next_batch()?;
-        let waited = self.loader.wait_seconds() - waited;
+        let (batch, sent) = match self.upcoming.take() {
+            Some(batch) => (self.checked(batch?)?, true),
+            None => (self.next_batch()?, false),
+        };
         let lr = self.learning_rate()?;
+        let images = match self.job.data.pixels {
+            false => Images::Normalized(&batch.images),
+            true if sent => Images::Sent { levels: &self.levels },
+            true => Images::Pixels { pixels: &batch.pixels, levels: &self.levels },
+        };
         let input = StepInput {
-            images: &batch.images,
+            images,
             input_ids: &batch.input_ids,
             attention_mask: &batch.attention_mask,
             image_ids: &batch.sample_ids,
@@ -233,7 +262,25 @@ impl<'p> Run<'p> {
             steps_per_epoch: self.state.data.steps_per_epoch,
             lr,
         };
-        let output = self.session.train_step(&input).map_err(|error| match error {
+        // While a GPU is at this step, the next batch is fetched and its images are sent.
+        let more =
+            self.state.step_in_epoch + 1 < self.state.data.steps_per_epoch && self.state.step + 1 < self.last_step;
+        let (loader, pixels) = (&mut self.loader, self.job.data.pixels && more);
+        let mut upcoming = None;
+        let fetch = |ahead: &mut Ahead| {
+            if pixels {
+                let batch = loader.next_batch().map_err(TrainError::from).and_then(|batch| {
+                    let batch = batch.ok_or(DataError::Stopped)?;
+                    ahead.send(&batch.pixels).map_err(|e| TrainError::Model(with_hint_line(&e.to_string())))?;
+                    Ok(batch)
+                });
+                upcoming = Some(batch);
+            }
+        };
+        let output = self.session.train_step_while(&input, fetch);
+        self.upcoming = upcoming;
+        let waited = self.loader.wait_seconds() - waited;
+        let output = output.map_err(|error| match error {
             ModelError::NotFinite { what, .. } => self.step_error(&format!("{what} is not finite")),
             error => self.step_error(&error.to_string()),
         })?;
@@ -257,6 +304,11 @@ impl<'p> Run<'p> {
 
     fn next_batch(&mut self) -> Result<Batch> {
         let batch = self.loader.next_batch()?.ok_or(DataError::Stopped)?;
+        self.checked(batch)
+    }
+
+    /// A batch, if it is the coming step's.
+    fn checked(&self, batch: Batch) -> Result<Batch> {
         let at = (self.state.epoch, self.state.step_in_epoch);
         match (batch.epoch, batch.step) == at {
             true => Ok(batch),

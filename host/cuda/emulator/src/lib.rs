@@ -332,6 +332,18 @@ impl Machine for Emulator {
         Ok(())
     }
 
+    fn send(&self, _: usize, address: u64, bytes: &[u8]) -> Result<()> {
+        self.upload(address, bytes)
+    }
+
+    fn receive(&self, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn release(&self, _: usize) -> Result<()> {
+        Ok(())
+    }
+
     fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
         bytes.copy_from_slice(self.state().slice(address, bytes.len())?);
         Ok(())

@@ -348,6 +348,26 @@ impl Pooling<'_> {
     }
 }
 
+/// Normalises images: pixels `[n, height, width, 3]` become planes `[n, 3, height, width]`, each byte by its channel's table
+/// of 256 values.
+pub fn normalize(pixels: Address, levels: Address, to: Target, shape: [usize; 4]) -> Draft {
+    let [n, channels, height, width] = shape;
+    let (plane, count) = (height * width, n * channels * height * width);
+    let mut parameters = Parameters::default();
+    parameters.raw("const u8 *p", pixels, count, Access::Read, 1);
+    parameters.raw("const float *levels", levels, channels * 256 * 4, Access::Read, 4);
+    parameters.write("q", to.element, to.at, count, to.node, Access::Write);
+    let body = format!(
+        "        const u32 c = i / {plane} % {channels};
+        const u64 at = ((u64)(i / {image}) * {plane} + i % {plane}) * {channels} + c;
+        narrow(levels[c * 256 + p[at]], q[i]);
+",
+        image = channels * plane
+    );
+    let (text, grid) = each(count, &body);
+    parameters.draft(THREADS as u32, grid, &text)
+}
+
 /// Columns of a block of batch statistics, and its rows of threads.
 const COLUMNS: usize = 32;
 /// Blocks along the rows at most.

@@ -118,7 +118,28 @@ DEVICE u64 mix(u64 z) {
 
 DEVICE u64 random_key(u64 seed, u32 stream) { return mix(seed ^ mix((u64)stream + 0x9e3779b97f4a7c15ull)); }
 
+// The 64 random bits of an element.
+DEVICE u64 random_word(u64 key, u64 index) { return mix(key ^ (index * 0xd1342543de82ef95ull)); }
+
+// Rounds to bf16 at random, by the top 16 bits of a word: the host's `stochastic_bf16`, bit by bit.
+DEVICE bf16 stochastic(float v, u64 word) {
+    const u32 bits = __float_as_uint(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    const u32 rounded = (magnitude + (u32)(word >> 48)) >> 16;
+    const u32 finite = sign | (rounded < 0x7f7f ? rounded : 0x7f7f);
+    const u32 special = magnitude > 0x7f800000u ? bits >> 16 | 0x40 : bits >> 16;
+    bf16 out;
+    out.bits = magnitude < 0x00800000u ? 0 : magnitude < 0x7f800000u ? finite : special;
+    return out;
+}
+
+// V elements, rounded at random by their numbers from `first` on, to any address.
+template <int V> DEVICE void store_stochastic(bf16 *to, const float (&in)[V], int n, u64 key, u64 first) {
+#pragma unroll
+    for (int i = 0; i < V; i++)
+        if (i < n) to[i] = stochastic(in[i], random_word(key, first + i));
+}
+
 // Uniform in [0, 1) by element number.
 DEVICE float uniform(u64 key, u64 index) {
-    return (float)(mix(key ^ (index * 0xd1342543de82ef95ull)) >> 40) / 16777216.0f;
+    return (float)(random_word(key, index) >> 40) / 16777216.0f;
 }

@@ -72,8 +72,7 @@ impl Renderer<'_> {
             self.store(&mut text, 2, o, "i", n);
         }
         for o in each().filter(|o| of_rank(o, Rank::Row)) {
-            let value = self.kernel.outputs[o].value;
-            line(&mut text, 2, &format!("if (col == 0) narrow(r{value}, q{o}[row]);"));
+            line(&mut text, 2, &format!("if (col == 0) {}", self.store_row(o)));
         }
         line(&mut text, 1, "}");
         for &o in &reductions {

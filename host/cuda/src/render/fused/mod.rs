@@ -11,7 +11,7 @@
 
 use super::text::{Draft, Parameters, dot, index_type, literal};
 use crate::launch::{Access, Address, Block, control};
-use clip_host_compiler::kernel::{Element, Fused, Input, Instr, Pattern, Rank, Reg, Store};
+use clip_host_compiler::kernel::{Element, Fused, Input, Instr, Pattern, Rank, Reg, Rounding, Store};
 use clip_host_compiler::lower::operands;
 use clip_host_plugin_api::ir::{Binary, Compare, NodeId, Unary};
 use std::collections::BTreeSet;
@@ -124,6 +124,31 @@ impl<'a> Renderer<'a> {
         at.offset.is_multiple_of((self.vector * element.bytes()).min(16))
     }
 
+    /// The streams of random numbers that the kernel draws from.
+    fn streams(&self) -> BTreeSet<u32> {
+        let drawn = self.kernel.code.iter().filter_map(|(instr, _)| match instr {
+            Instr::Random(stream) => Some(*stream),
+            _ => None,
+        });
+        let rounded = self.kernel.outputs.iter().filter_map(|o| match o.rounding {
+            Rounding::Stochastic { stream, .. } => Some(stream),
+            Rounding::Nearest => None,
+        });
+        drawn.chain(rounded).collect()
+    }
+
+    /// The statement that stores one value of a row.
+    fn store_row(&self, output: usize) -> String {
+        let o = &self.kernel.outputs[output];
+        let value = o.value;
+        match o.rounding {
+            Rounding::Nearest => format!("narrow(r{value}, q{output}[row]);"),
+            Rounding::Stochastic { stream, first } => {
+                format!("q{output}[row] = stochastic(r{value}, random_word(key{stream}, {first} + (u64)row));")
+            }
+        }
+    }
+
     fn parameters(&self) -> Parameters {
         let mut parameters = Parameters::default();
         for (i, input) in self.kernel.inputs.iter().enumerate() {
@@ -133,7 +158,7 @@ impl<'a> Renderer<'a> {
                 parameters.widen_last((self.vector * input.dtype.bytes()).min(16));
             }
         }
-        if self.kernel.code.iter().any(|(instr, _)| matches!(instr, Instr::Random(_))) {
+        if !self.streams().is_empty() {
             let at = Address { block: Block::Control, offset: control::SEED };
             parameters.raw("const u64 *seed", at, 8, Access::Read, 8);
         }
@@ -170,13 +195,8 @@ impl<'a> Renderer<'a> {
 
     /// Values that are the same for the whole kernel, and the keys of random streams.
     fn scalars(&self, text: &mut String) {
-        let mut streams = BTreeSet::new();
-        for (instr, _) in &self.kernel.code {
-            if let Instr::Random(stream) = instr
-                && streams.insert(*stream)
-            {
-                line(text, 1, &format!("const u64 key{stream} = random_key(*seed, {stream}u);"));
-            }
+        for stream in self.streams() {
+            line(text, 1, &format!("const u64 key{stream} = random_key(*seed, {stream}u);"));
         }
         for (reg, (_, rank)) in self.kernel.code.iter().enumerate() {
             if *rank == Rank::Scalar {
@@ -331,6 +351,12 @@ impl<'a> Renderer<'a> {
         let v = self.vector;
         let wide = self.is_aligned(self.outputs[output], o.dtype);
         let to = format!("q{output} + ({start})");
+        if let Rounding::Stochastic { stream, first } = o.rounding {
+            let n = count.map_or(v.to_string(), str::to_string);
+            let at = format!("{first} + (u64)({start})");
+            line(text, depth, &format!("store_stochastic<{v}>({to}, o{output}, {n}, key{stream}, {at});"));
+            return;
+        }
         match (wide, count) {
             (true, None) => line(text, depth, &format!("store<{v}>({to}, o{output});")),
             (true, Some(n)) => {

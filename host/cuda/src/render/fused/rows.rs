@@ -124,7 +124,7 @@ impl Renderer<'_> {
         for (o, output) in outputs.iter().enumerate() {
             if output.store == Store::Each && self.kernel.code[output.value].1 == Rank::Row {
                 let once = if tiles > 1 { "valid && lane == 0 && blockIdx.y == 0" } else { "valid && lane == 0" };
-                line(t, 2, &format!("if ({once}) narrow(r{}, q{o}[row]);", output.value));
+                line(t, 2, &format!("if ({once}) {}", self.store_row(o)));
             }
         }
         line(t, 1, "}");
