@@ -125,6 +125,9 @@ fn hint(name: &str) -> &'static str {
         "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" | "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED" => {
             "run the step once before it is captured, and wait for nothing while it is captured"
         }
+        "CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED" => {
+            "cuDNN's other libraries must lie beside libcudnn.so.9, and they need the driver's libcuda.so.1"
+        }
         _ => "`nvidia-smi` shows the driver and the GPU; NVIDIA's documentation explains the code",
     }
 }

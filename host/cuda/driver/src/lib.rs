@@ -19,7 +19,7 @@
 //! 1. the folders in the variable `CLIP_HOST_CUDA_PATH` (separated by colons): a folder with the library itself, a CUDA
 //!    installation (`lib64`, `lib`), a Python environment or its `site-packages` (`nvidia/*/lib`);
 //! 2. the loader's own path (`LD_LIBRARY_PATH`, the system's cache);
-//! 3. `CUDA_HOME`, `CUDA_PATH`, `VIRTUAL_ENV`, `CONDA_PREFIX`, `/usr/local/cuda`, `/usr/local/cuda-*`, `/opt/cuda`,
+//! 3. `CUDA_HOME`, `CUDA_PATH`, `VIRTUAL_ENV`, `CONDA_PREFIX`, `~/.local`, `/usr/local/cuda`, `/usr/local/cuda-*`, `/opt/cuda`,
 //!    `/usr/local`, `/usr`, searched as those of the variable are.
 //!
 //! Where several versions are found in one place, the one of the driver's major version is taken. Only functions that

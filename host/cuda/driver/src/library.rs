@@ -151,6 +151,7 @@ fn places() -> Vec<Place> {
         .filter(|value| !value.is_empty())
         .map(PathBuf::from)
         .collect();
+    roots.extend(env::var_os("HOME").filter(|home| !home.is_empty()).map(|home| Path::new(&home).join(".local")));
     roots.push(PathBuf::from("/usr/local/cuda"));
     roots.extend(subfolders(Path::new("/usr/local"), "cuda-"));
     roots.extend(["/opt/cuda", "/usr/local", "/usr"].map(PathBuf::from));
@@ -171,7 +172,7 @@ fn folders_under(root: &Path) -> Vec<PathBuf> {
     };
     let mut folders: Vec<PathBuf> = ["lib64", "lib", target, multiarch, "lib/wsl/lib"].map(|sub| root.join(sub)).into();
     let mut packages = vec![root.to_path_buf(), root.join("site-packages")];
-    for python in subfolders(&root.join("lib"), "python3") {
+    for python in ["lib", "lib64"].iter().flat_map(|sub| subfolders(&root.join(sub), "python3")) {
         packages.extend(["site-packages", "dist-packages"].map(|sub| python.join(sub)));
     }
     for wheel in packages.iter().flat_map(|packages| subfolders(&packages.join("nvidia"), "")) {
