@@ -255,6 +255,7 @@ impl Executor {
                 let function = match work {
                     Work::Launch(launch) => handles[launch.function],
                     Work::Product(product) => Handle(product.ready),
+                    Work::Convolution(convolution) => Handle(convolution.ready),
                 };
                 (function, work.arguments().iter().map(|a| address(a.at)).collect())
             })
@@ -429,6 +430,7 @@ impl Executor {
         Ok(match &self.schedule.work[number].0 {
             Work::Launch(launch) => self.machine.launch(*function, launch, arguments)?,
             Work::Product(product) => self.machine.multiply(product, arguments)?,
+            Work::Convolution(convolution) => self.machine.convolve(convolution, arguments)?,
         })
     }
 

@@ -1,10 +1,11 @@
 //! A GPU as a [`Machine`].
 
-use crate::launch::{Function, Launch, Product};
+use crate::launch::{Convolution, Function, Launch, Product};
 use crate::library::{Libraries, Ready};
 use crate::machine::{Handle, Machine, MachineError, Recording, Result};
 use clip_host_cuda_driver::blas::{Blas, Gemm, GemmPlan, Operands};
 use clip_host_cuda_driver::compile::Cache;
+use clip_host_cuda_driver::dnn::{Conv, ConvOperands, ConvPlan, Dnn};
 use clip_host_cuda_driver::{CudaError, Device, DeviceMemory, Event, Graph, Pinned, Queue};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -16,6 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub const OPTIONS: [&str; 1] = ["--std=c++17"];
 /// Bytes of workspace that a product may ask for: what cuBLAS recommends on Hopper.
 const WORKSPACE: usize = 32 << 20;
+/// Bytes of workspace that a convolution may ask for.
+const CONVOLUTION_WORKSPACE: usize = 1 << 30;
 /// Events that are kept for measuring.
 const EVENTS: usize = 4096;
 
@@ -28,14 +31,12 @@ pub fn open(index: usize) -> std::result::Result<Arc<dyn Machine>, CudaError> {
     // Without the compiler nothing could run: say so now.
     clip_host_cuda_driver::compile::version()?;
     let cache = Cache::open(cache_folder())?;
-    let blas = match Blas::open(&device) {
-        Ok(blas) => Some(blas),
-        Err(error) => {
-            tracing::warn!("products are computed by rendered kernels, which are slower: {error}");
-            None
-        }
+    let slower = |what: &str, error: CudaError| {
+        tracing::warn!("{what} are computed by rendered kernels, which are slower: {error}");
     };
-    Ok(Arc::new(Gpu { device, cache, blas, state: Mutex::default() }))
+    let blas = Blas::open(&device).map_err(|error| slower("products", error)).ok();
+    let dnn = Dnn::open(&device).map_err(|error| slower("convolutions", error)).ok();
+    Ok(Arc::new(Gpu { device, cache, blas, dnn, state: Mutex::default() }))
 }
 
 /// Where compiled kernels are kept: beside other programs' caches.
@@ -50,6 +51,7 @@ struct Gpu {
     device: Device,
     cache: Cache,
     blas: Option<Blas>,
+    dnn: Option<Dnn>,
     state: Mutex<State>,
 }
 
@@ -59,6 +61,8 @@ struct State {
     names: HashMap<String, usize>,
     functions: Vec<clip_host_cuda_driver::Function>,
     products: Vec<(Gemm, GemmPlan)>,
+    /// With those that cuDNN does not take.
+    convolutions: Vec<(Conv, Option<ConvPlan>)>,
     recordings: Vec<Graph>,
     /// What is sent ahead.
     slots: [Option<Slot>; 2],
@@ -133,6 +137,29 @@ impl Libraries for Gpu {
             }
         };
         Some(Ready { number, workspace: state.products[number].1.workspace_bytes() })
+    }
+
+    fn convolution(&self, conv: &Conv) -> Option<Ready> {
+        self.plan_convolution(conv)
+    }
+}
+
+impl Gpu {
+    /// The number of a convolution's plan, if cuDNN takes it.
+    fn plan_convolution(&self, conv: &Conv) -> Option<Ready> {
+        let dnn = self.dnn.as_ref()?;
+        let mut state = self.state();
+        let number = match state.convolutions.iter().position(|(known, _)| known == conv) {
+            Some(number) => number,
+            None => {
+                let plan = dnn.plan(conv, CONVOLUTION_WORKSPACE, 0);
+                let plan = plan.map_err(|error| tracing::debug!("cuDNN does not take {conv:?}: {error}")).ok();
+                state.convolutions.push((*conv, plan));
+                state.convolutions.len() - 1
+            }
+        };
+        let workspace = state.convolutions[number].1.as_ref()?.workspace_bytes();
+        Some(Ready { number, workspace })
     }
 }
 
@@ -232,6 +259,16 @@ impl Machine for Gpu {
         let workspace = rest.first().copied().unwrap_or(0);
         let operands = Operands { a: *a, b: *b, c: *c, workspace, ..Operands::default() };
         plan.run(&operands, Queue::Compute).map_err(failed("a product"))
+    }
+
+    fn convolve(&self, convolution: &Convolution, arguments: &[u64]) -> Result<()> {
+        let state = self.state();
+        let unknown = || MachineError::new("a convolution", "it is not ready");
+        let plan = state.convolutions.get(convolution.ready).and_then(|(_, plan)| plan.as_ref()).ok_or_else(unknown)?;
+        let [x, w, y, rest @ ..] = arguments else { return Err(unknown()) };
+        let workspace = rest.first().copied().unwrap_or(0);
+        let operands = ConvOperands { x: *x, w: *w, y: *y, workspace };
+        plan.run(&operands, Queue::Compute).map_err(failed("a convolution"))
     }
 
     fn synchronize(&self) -> Result<()> {

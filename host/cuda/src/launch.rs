@@ -2,6 +2,7 @@
 
 use crate::render::PRELUDE;
 use clip_host_cuda_driver::blas::Gemm;
+use clip_host_cuda_driver::dnn::Conv;
 use clip_host_plugin_api::ir::NodeId;
 
 /// A piece of device memory that is taken once.
@@ -110,11 +111,22 @@ pub struct Product {
     pub arguments: Vec<Argument>,
 }
 
+/// A convolution that the vendor's library computes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Convolution {
+    pub conv: Conv,
+    /// The machine's number for it: see [`Libraries::convolution`](crate::library::Libraries::convolution).
+    pub ready: usize,
+    /// x, w and y as cuDNN names them, one of which is written, and workspace if it needs one.
+    pub arguments: Vec<Argument>,
+}
+
 /// One piece of work, in stream order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Work {
     Launch(Launch),
     Product(Product),
+    Convolution(Convolution),
 }
 
 impl Work {
@@ -123,6 +135,7 @@ impl Work {
         match self {
             Work::Launch(launch) => &launch.arguments,
             Work::Product(product) => &product.arguments,
+            Work::Convolution(convolution) => &convolution.arguments,
         }
     }
 }

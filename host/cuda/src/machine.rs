@@ -1,6 +1,6 @@
 //! What runs work: a GPU, or in tests an emulator on the host.
 
-use crate::launch::{Function, Launch, Product};
+use crate::launch::{Convolution, Function, Launch, Product};
 use crate::library::Libraries;
 use std::fmt::Debug;
 use thiserror::Error;
@@ -69,6 +69,9 @@ pub trait Machine: Libraries + Send + Sync + Debug {
 
     /// Enqueues a library's product.
     fn multiply(&self, product: &Product, arguments: &[u64]) -> Result<()>;
+
+    /// Enqueues a library's convolution.
+    fn convolve(&self, convolution: &Convolution, arguments: &[u64]) -> Result<()>;
 
     /// Waits for all work.
     fn synchronize(&self) -> Result<()>;

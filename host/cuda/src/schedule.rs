@@ -7,6 +7,7 @@ use crate::render::product::{self, Convolution};
 use crate::render::{Draft, fused};
 use clip_host_compiler::kernel::{Kernel, Operand};
 use clip_host_compiler::plan::{Place, Plan, Region};
+use clip_host_cuda_driver::dnn::Direction;
 use clip_host_plugin_api::ir::{Layout, NodeId, Op};
 use std::collections::HashMap;
 use thiserror::Error;
@@ -154,7 +155,7 @@ fn items(places: &Places, kernel: &Kernel, libraries: &dyn Libraries) -> Result<
             let inputs: Vec<Source> = inputs.iter().map(|i| places.source(i)).collect::<Result<_, _>>()?;
             let taken = match op {
                 Op::Matmul => library::matmul(libraries, &inputs[0], &inputs[1], to),
-                _ => None,
+                _ => convolution(op, &inputs, to, shape, libraries),
             };
             let mut items = match taken {
                 Some(items) => items,
@@ -171,6 +172,30 @@ fn items(places: &Places, kernel: &Kernel, libraries: &dyn Libraries) -> Result<
             items
         }
     })
+}
+
+/// A convolution by the library, if the op is one and the library takes it.
+fn convolution(
+    op: &Op,
+    inputs: &[Source],
+    to: Target,
+    shape: &[usize],
+    libraries: &dyn Libraries,
+) -> Option<Vec<Item>> {
+    let (conv, direction) = match op {
+        Op::Conv2d(conv) => (conv, Direction::Forward),
+        Op::Conv2dInputGrad(conv) => (conv, Direction::InputGradient),
+        Op::Conv2dWeightGrad(conv) => (conv, Direction::WeightGradient),
+        _ => return None,
+    };
+    let [first, second] = inputs else { return None };
+    let (a, b) = (first.sizes(), second.sizes());
+    let (x, w, y) = match direction {
+        Direction::Forward => (a.as_slice(), b.as_slice(), shape),
+        Direction::InputGradient => (shape, b.as_slice(), a.as_slice()),
+        Direction::WeightGradient => (a.as_slice(), shape, b.as_slice()),
+    };
+    library::convolution(libraries, &library::Sizes { conv, x, w, y }, direction, [first, second], to)
 }
 
 fn contiguous(shape: &[usize]) -> Vec<(usize, usize)> {

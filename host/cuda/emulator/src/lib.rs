@@ -6,12 +6,13 @@
 
 mod products;
 
-use clip_host_cuda::launch::{Access, Argument, Function, Launch, Product, Work};
+use clip_host_cuda::launch::{Access, Argument, Convolution, Function, Launch, Product, Work};
 use clip_host_cuda::library::{Libraries, Ready};
 use clip_host_cuda::machine::{Handle, Machine, MachineError, Recording, Result};
 use clip_host_cuda::render::PRELUDE;
 use clip_host_cuda_driver::blas::Gemm;
 use clip_host_cuda_driver::compile;
+use clip_host_cuda_driver::dnn::Conv;
 use libloading::Library;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
@@ -303,6 +304,10 @@ impl Libraries for Emulator {
         // A workspace like the library's, so that its place is checked too.
         self.libraries.then_some(Ready { number: 0, workspace: 512 })
     }
+
+    fn convolution(&self, _: &Conv) -> Option<Ready> {
+        self.libraries.then_some(Ready { number: 0, workspace: 256 })
+    }
 }
 
 impl Machine for Emulator {
@@ -380,6 +385,16 @@ impl Machine for Emulator {
         products::multiply(&mut state, product, arguments)
     }
 
+    fn convolve(&self, convolution: &Convolution, arguments: &[u64]) -> Result<()> {
+        let mut state = self.state();
+        if let Some(recording) = &mut state.recording {
+            let work = Work::Convolution(convolution.clone());
+            recording.push((Handle(convolution.ready), work, arguments.to_vec()));
+            return Ok(());
+        }
+        products::convolve(&mut state, convolution, arguments)
+    }
+
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }
@@ -402,6 +417,7 @@ impl Machine for Emulator {
         recorded.iter().try_for_each(|(function, work, arguments)| match work {
             Work::Launch(launch) => state.launch(*function, launch, arguments),
             Work::Product(product) => products::multiply(&mut state, product, arguments),
+            Work::Convolution(convolution) => products::convolve(&mut state, convolution, arguments),
         })
     }
 

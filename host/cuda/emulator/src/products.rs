@@ -1,10 +1,11 @@
 //! What the vendor's libraries do, term by term in f64.
 
 use crate::State;
-use clip_host_cuda::launch::Product;
+use clip_host_cuda::launch::{Convolution, Product};
 use clip_host_cuda::machine::{MachineError, Result};
 use clip_host_cuda_driver::Element;
 use clip_host_cuda_driver::blas::Matrix;
+use clip_host_cuda_driver::dnn::Direction;
 
 /// Numbers as they lie in memory.
 fn read(bytes: &[u8], element: Element) -> Vec<f64> {
@@ -80,6 +81,66 @@ pub(crate) fn multiply(state: &mut State, product: &Product, addresses: &[u64]) 
     }
     // What a library leaves in its workspace is nobody's.
     if let (Some(argument), Some(&address)) = (product.arguments.get(3), addresses.get(3)) {
+        state.slice(address, argument.bytes)?.fill(crate::POISON);
+    }
+    Ok(())
+}
+
+/// A convolution or one of its gradients: every term of the sum goes where the direction says.
+pub(crate) fn convolve(state: &mut State, convolution: &Convolution, addresses: &[u64]) -> Result<()> {
+    let conv = &convolution.conv;
+    let written = match conv.direction {
+        Direction::InputGradient => 0,
+        Direction::WeightGradient => 1,
+        Direction::Forward => 2,
+    };
+    let counts = conv.elements();
+    let mut tensors = Vec::new();
+    for number in 0..3 {
+        let (argument, address) = (&convolution.arguments[number], addresses[number]);
+        if address % 16 != 0 || argument.bytes != counts[number] * conv.element.bytes() {
+            let why =
+                format!("operand {number} at {address:#x} has {} bytes, expected {}", argument.bytes, counts[number]);
+            return Err(MachineError::new("a convolution", why));
+        }
+        tensors.push(match number == written {
+            true => vec![0.0; counts[number]],
+            false => read(state.slice(address, argument.bytes)?, conv.element),
+        });
+    }
+    let ([h, w], [oh, ow], [kh, kw]) = (conv.input, conv.output, conv.kernel);
+    let (c, k) = (conv.channels, conv.filters);
+    let (of_c, of_k) = (c / conv.groups, k / conv.groups);
+    for n in 0..conv.batch {
+        for (oy, ox) in (0..oh).flat_map(|oy| (0..ow).map(move |ox| (oy, ox))) {
+            for (r, s) in (0..kh).flat_map(|r| (0..kw).map(move |s| (r, s))) {
+                let place = |o: usize, f: usize, axis: usize| {
+                    (o * conv.stride[axis] + f * conv.dilation[axis]).checked_sub(conv.padding[axis])
+                };
+                let (Some(iy), Some(ix)) = (place(oy, r, 0), place(ox, s, 1)) else { continue };
+                if iy >= h || ix >= w {
+                    continue;
+                }
+                for filter in 0..k {
+                    for channel in 0..of_c {
+                        let xi = ((n * h + iy) * w + ix) * c + filter / of_k * of_c + channel;
+                        let wi = ((filter * kh + r) * kw + s) * of_c + channel;
+                        let yi = ((n * oh + oy) * ow + ox) * k + filter;
+                        match conv.direction {
+                            Direction::Forward => tensors[2][yi] += tensors[0][xi] * tensors[1][wi],
+                            Direction::InputGradient => tensors[0][xi] += tensors[2][yi] * tensors[1][wi],
+                            Direction::WeightGradient => tensors[1][wi] += tensors[0][xi] * tensors[2][yi],
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let bytes = state.slice(addresses[written], convolution.arguments[written].bytes)?;
+    for (at, value) in tensors[written].iter().enumerate() {
+        write(bytes, at, conv.element, *value)?;
+    }
+    if let (Some(argument), Some(&address)) = (convolution.arguments.get(3), addresses.get(3)) {
         state.slice(address, argument.bytes)?.fill(crate::POISON);
     }
     Ok(())
