@@ -226,7 +226,7 @@ pub fn device(recipe: &Recipe) -> Result<Device, RecipeError> {
     use clip_host_recipe::Part as RecipePart;
     match recipe.backend {
         Backend::Cpu => Ok(Device::Cpu),
-        Backend::Auto => Ok(match clip_host_cuda::gpu::open(0) {
+        Backend::Auto => Ok(match open_gpu(0) {
             Ok(gpu) => {
                 tracing::info!("backend Auto: {}, since driver and libraries are there", gpu.name());
                 Device::Cuda(gpu)
@@ -237,7 +237,7 @@ pub fn device(recipe: &Recipe) -> Result<Device, RecipeError> {
                 Device::Cpu
             }
         }),
-        Backend::Cuda { device } => match clip_host_cuda::gpu::open(device as usize) {
+        Backend::Cuda { device } => match open_gpu(device as usize) {
             Ok(gpu) => Ok(Device::Cuda(gpu)),
             Err(error) => {
                 let (message, hint) = split_hint(&error.to_string());
@@ -246,6 +246,18 @@ pub fn device(recipe: &Recipe) -> Result<Device, RecipeError> {
                 Err(recipe.error_at("backend", RecipePart::Value, message, Some(hint)))
             }
         },
+    }
+}
+
+/// Opens a GPU. Where the variable `CLIP_HOST_CUDA_EMULATOR` is set, the host's emulator stands for it: its kernels are
+/// those of the GPU, compiled for the CPU. That is slow, and for tests.
+fn open_gpu(index: usize) -> Result<Arc<dyn clip_host_cuda::Machine>, String> {
+    match std::env::var_os("CLIP_HOST_CUDA_EMULATOR").is_some_and(|value| !value.is_empty()) {
+        true => match clip_host_cuda_emulator::Emulator::new() {
+            Ok(emulator) => Ok(Arc::new(emulator)),
+            Err(error) => Err(error.to_string()),
+        },
+        false => clip_host_cuda::gpu::open(index).map_err(|error| error.to_string()),
     }
 }
 
