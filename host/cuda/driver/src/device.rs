@@ -4,8 +4,9 @@ use crate::driver::{self, Address, Driver, Functions, Handle};
 use crate::error::CudaError;
 use crate::memory::Allocation;
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{c_char, c_int};
+use std::fmt;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -102,6 +103,17 @@ impl Device {
         let name = String::from_utf8_lossy(name.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned();
 
         let mut handle = ptr::null_mut();
+        {
+            // cuBLASLt and cuDNN keep things in the context for as long as the process lives, so one reference is never
+            // given back.
+            static KEPT: Mutex<BTreeSet<c_int>> = Mutex::new(BTreeSet::new());
+            let mut kept = lock(&KEPT);
+            if !kept.contains(&ordinal) {
+                // SAFETY: as above.
+                opened(unsafe { (functions.cuDevicePrimaryCtxRetain)(&mut handle, ordinal) })?;
+                kept.insert(ordinal);
+            }
+        }
         // SAFETY: as above. From here on `Context`'s drop gives back what was made.
         opened(unsafe { (functions.cuDevicePrimaryCtxRetain)(&mut handle, ordinal) })?;
         let mut context = Context {
@@ -264,6 +276,12 @@ impl Device {
     }
 }
 
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({}: {})", self.context.ordinal, self.context.name)
+    }
+}
+
 impl Context {
     /// Makes the context current on this thread, as every other call needs it.
     pub fn bind(&self) -> Result<&'static Functions, CudaError> {
@@ -388,6 +406,12 @@ impl Event {
     }
 }
 
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Event")
+    }
+}
+
 impl Drop for Event {
     fn drop(&mut self) {
         if let Ok(functions) = self.context.bind() {
@@ -408,6 +432,12 @@ pub struct Graph {
 unsafe impl Send for Graph {}
 // SAFETY: nothing of a graph changes after it was instantiated; two launches at once go into the same stream.
 unsafe impl Sync for Graph {}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Graph")
+    }
+}
 
 impl Drop for Graph {
     fn drop(&mut self) {

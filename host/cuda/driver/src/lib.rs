@@ -34,7 +34,7 @@
 //!
 //! Any thread may use a [`Device`]; calls on one queue are carried out in the order in which they are made.
 
-#![warn(clippy::undocumented_unsafe_blocks)]
+#![warn(clippy::undocumented_unsafe_blocks, missing_docs, missing_debug_implementations)]
 
 pub mod blas;
 pub mod compile;

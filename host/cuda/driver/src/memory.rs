@@ -4,6 +4,7 @@ use crate::device::{Context, Device, Event, Queue, lock};
 use crate::driver::{Address, EVENT_DISABLE_TIMING};
 use crate::error::CudaError;
 use std::ffi::c_void;
+use std::fmt;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::slice;
@@ -23,6 +24,12 @@ impl DeviceMemory {
     /// Its length in bytes.
     pub fn bytes(&self) -> usize {
         self.allocation.bytes
+    }
+}
+
+impl fmt::Debug for DeviceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DeviceMemory({:#x}, {} bytes)", self.address(), self.bytes())
     }
 }
 
@@ -293,6 +300,12 @@ impl Pinned {
 
     fn settle(&self) -> Result<(), CudaError> {
         self.fences.iter().try_for_each(Event::synchronize)
+    }
+}
+
+impl fmt::Debug for Pinned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pinned({} bytes)", self.bytes)
     }
 }
 

@@ -5,6 +5,7 @@ use crate::driver::{self, Handle};
 use crate::error::CudaError;
 use std::any::Any;
 use std::ffi::{CString, c_int, c_void};
+use std::fmt;
 use std::ptr;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -186,5 +187,17 @@ impl Function {
     /// The kernel's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+}
+
+impl fmt::Debug for Module {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Module")
+    }
+}
+
+impl fmt::Debug for Function {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Function({})", self.name)
     }
 }

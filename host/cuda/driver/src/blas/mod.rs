@@ -22,6 +22,7 @@ use crate::error::CudaError;
 use ffi::{Functions, HeuristicResult, Object};
 use std::any::Any;
 use std::ffi::{c_int, c_void};
+use std::fmt;
 use std::ptr;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -261,6 +262,12 @@ impl Drop for Opened {
     }
 }
 
+impl fmt::Debug for Blas {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Blas({:?})", self.device)
+    }
+}
+
 impl Blas {
     /// Loads cuBLASLt and opens it on the device.
     pub fn open(device: &Device) -> Result<Blas, CudaError> {
@@ -447,6 +454,12 @@ pub struct GemmPlan {
     descriptions: Mutex<Descriptions>,
     chosen: HeuristicResult,
     choice: usize,
+}
+
+impl fmt::Debug for GemmPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GemmPlan").field("gemm", &self.gemm).field("choice", &self.choice).finish_non_exhaustive()
+    }
 }
 
 impl GemmPlan {

@@ -15,6 +15,7 @@ const DIGEST_BYTES: usize = 32;
 
 /// A folder of compiled kernels. Any number of threads and processes may use it at once, and files may be deleted from it
 /// at any time: an entry that is missing or damaged is compiled again.
+#[derive(Debug)]
 pub struct Cache {
     folder: PathBuf,
 }

@@ -20,6 +20,7 @@ use crate::error::CudaError;
 use ffi::{Descriptor, Functions, Kind, attribute};
 use std::any::Any;
 use std::ffi::{c_int, c_void};
+use std::fmt;
 use std::ptr;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -169,6 +170,12 @@ impl Drop for Opened {
                 unsafe { (lib.cudnnDestroy)(handle) };
             }
         }
+    }
+}
+
+impl fmt::Debug for Dnn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Dnn({:?})", self.device)
     }
 }
 
@@ -410,6 +417,12 @@ pub struct ConvPlan {
     conv: Conv,
     built: Arc<Built>,
     choice: usize,
+}
+
+impl fmt::Debug for ConvPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConvPlan").field("conv", &self.conv).field("choice", &self.choice).finish_non_exhaustive()
+    }
 }
 
 impl ConvPlan {
