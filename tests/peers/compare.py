@@ -147,7 +147,8 @@ def ours(args: argparse.Namespace, batch: int, steps: int) -> dict:
     if args.optimizer == "adamw" and not any(s.startswith("optimizer") for s in sets):
         sets += ["optimizer.plugin=adamw", "optimizer.config=()"]
     command = [args.binary, "bench", "step", args.recipe, "--synthetic", "--json", *flags]
-    return measure([str(c) for c in command] + [f"--set={s}" for s in sets], {}, args.timeout)
+    result = measure([str(c) for c in command] + [f"--set={s}" for s in sets], {}, args.timeout)
+    return {**result, "on_gpu": args.on_gpu}
 
 
 def theirs(args: argparse.Namespace, mode: str, batch: int | str, steps: int, cache: Path) -> dict:
@@ -281,10 +282,10 @@ def speed(runs: list[dict]) -> dict:
 
 
 def peak_bytes(run: dict) -> int | None:
-    """The GPU's memory where there is one, else the process's. clip-host plans what it takes on a GPU ahead."""
+    """The GPU's memory where one was used, else the process's. clip-host plans what it takes on a GPU ahead."""
     if "peak_device_bytes" in run:
         return run["peak_device_bytes"]
-    if run.get("backend") == "cuda":
+    if run.get("on_gpu"):
         return run["arena_bytes"] + run["persistent_bytes"]
     return run.get("peak_rss_bytes")
 

@@ -110,7 +110,7 @@ class TwoTowers(nn.Module):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """As the recipes' `no_decay`: one-dimensional parameters, biases, class tokens and positions of a ViT do not decay."""
+    """As the recipes' `no_decay`: one-dimensional parameters, biases, a ViT's class token and positions do not decay."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
         without = parameter.ndim == 1 or name.endswith((".bias", ".cls_token", ".pos_embed"))

@@ -67,8 +67,12 @@ impl Case {
     }
 }
 
-/// The folder of all golden files.
+/// The folder of all golden files: in the workspace that the test was built from, or in that of the variable
+/// `CLIP_HOST_TEST_ROOT`.
 pub fn folder() -> PathBuf {
+    if let Some(root) = std::env::var_os("CLIP_HOST_TEST_ROOT") {
+        return Path::new(&root).join("tests/golden");
+    }
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut folders = manifest.ancestors().map(|folder| folder.join("tests/golden"));
     folders.find(|folder| folder.is_dir()).expect("the crate lies in the workspace")

@@ -9,10 +9,14 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The program; the plugins lie beside it. Built once per test process, with the tests' own profile and target folder:
-/// cargo brings up to date what is stale, so that no test runs yesterday's program or plugins.
+/// cargo brings up to date what is stale, so that no test runs yesterday's program or plugins. Where nothing is built
+/// (`tests/gpu/run.py`), the variable `CLIP_HOST_TEST_PROGRAM` names it.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
+        if let Some(program) = std::env::var_os("CLIP_HOST_TEST_PROGRAM") {
+            return program.into();
+        }
         let exe = std::env::current_exe().expect("a test knows its own file");
         let folder = exe.parent().and_then(Path::parent).expect("tests run from target/<profile>/deps");
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));

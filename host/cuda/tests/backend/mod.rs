@@ -1,12 +1,15 @@
-// The emulator as the backend of the shared cases.
+// The emulator as the backend of the shared cases; with `CLIP_HOST_TEST_BACKEND=cuda` the GPU (`tests/gpu/run.py`).
 
 use clip_host_cuda::{Executor, Machine, Store};
 use clip_host_cuda_emulator::Emulator;
 use std::sync::Arc;
 
 /// Emulators of machines with and without the vendor's libraries, if they run here: one for each thread, since a machine has
-/// one stream.
+/// one stream. Or the GPU, with what it has.
 fn machines() -> Option<[Arc<dyn Machine>; 2]> {
+    if std::env::var("CLIP_HOST_TEST_BACKEND").is_ok_and(|backend| backend == "cuda") {
+        return Some(gpu());
+    }
     thread_local! {
         static MACHINES: Option<[Arc<dyn Machine>; 2]> = match (Emulator::new(), Emulator::new()) {
             (Ok(with), Ok(without)) => Some([Arc::new(with), Arc::new(without.without_libraries())]),
@@ -17,6 +20,14 @@ fn machines() -> Option<[Arc<dyn Machine>; 2]> {
         };
     }
     MACHINES.with(Clone::clone)
+}
+
+/// The GPU, twice. Who asks for it wants no test that passes without one.
+fn gpu() -> [Arc<dyn Machine>; 2] {
+    thread_local! {
+        static GPU: Arc<dyn Machine> = clip_host_cuda::gpu::open(0).unwrap_or_else(|error| panic!("{error}"));
+    }
+    GPU.with(|gpu| [gpu.clone(), gpu.clone()])
 }
 
 impl Case {
