@@ -163,6 +163,13 @@ fn convolution(g: &Graph, rng: &mut Rng) {
     g.output("y", x.conv2d(weight, conv));
 }
 
+fn pointwise(g: &Graph, rng: &mut Rng) {
+    let (inner, out) = (1 + rng.below(3), 1 + rng.below(3));
+    let conv = Conv { stride: [1, 1], padding: [0, 0], dilation: [1, 1], groups: 1, layout: Layout::Nchw };
+    let x = g.input("x", &[2, inner, 3, 2], DType::F32);
+    g.output("y", x.conv2d(g.param("w", &[out, inner, 1, 1], ZERO), conv));
+}
+
 fn pooling(g: &Graph, rng: &mut Rng) {
     let kernel = [1 + rng.below(3), 1 + rng.below(3)];
     let pool = Pool {
@@ -208,13 +215,14 @@ fn composites(g: &Graph, rng: &mut Rng) {
 
 #[test]
 fn every_op_agrees_with_luminal() {
-    let builds: [(Build, bool); 10] = [
+    let builds: [(Build, bool); 11] = [
         (elementwise, true),
         (sources, true),
         (reductions, true),
         (movement, true),
         (products, true),
         (convolution, true),
+        (pointwise, true),
         (pooling, true),
         (tables, true),
         (replaced, false),

@@ -279,9 +279,11 @@ impl Oracle<'_> {
             for kx in 0..window.kernel[1] {
                 let [(rows, valid_y), (cols, valid_x)] = [(0, ky), (1, kx)].map(|(d, k)| window.selection(d, k));
                 let valid: Vec<f32> = valid_y.iter().flat_map(|y| valid_x.iter().map(move |x| y * x)).collect();
-                let rows = self.data(rows, &[window.output[0], window.input[0]]);
-                let cols = self.data(cols, &[window.output[1], window.input[1]]);
-                taps.push(Tap { at: [ky, kx], rows, cols, valid });
+                let selection = (!window.is_identity()).then(|| {
+                    let rows = self.data(rows, &[window.output[0], window.input[0]]);
+                    (rows, self.data(cols, &[window.output[1], window.input[1]]))
+                });
+                taps.push(Tap { at: [ky, kx], selection, valid });
             }
         }
         taps
@@ -342,7 +344,7 @@ impl Oracle<'_> {
         let shape = conv.layout.axes().map(|a| out[a]);
         let mut y = None;
         for tap in self.taps(&Window::of_conv(conv, &x.shape, &weight.shape, &shape)) {
-            let seen = self.select_window(&x, &tap.rows, &tap.cols);
+            let seen = self.seen(&x, &tap);
             for group in 0..conv.groups {
                 let weight = self.tap_weight(weight, conv, group, tap.at);
                 let rows = self.group_rows(&seen, conv.groups, group);
@@ -367,8 +369,7 @@ impl Oracle<'_> {
                 let rows = self.group_rows(&grad, conv.groups, group);
                 let part = self.matrix_product(&weight, &rows);
                 let part = self.ungrouped(&part, group, [n, c, grad.shape[2], grad.shape[3]]);
-                let (rows, cols) = (self.transposed(&tap.rows), self.transposed(&tap.cols));
-                let part = self.select_window(&part, &rows, &cols);
+                let part = self.scatter_window(&part, &tap);
                 self.accumulate(&mut dx, part);
             }
         }
@@ -381,7 +382,7 @@ impl Oracle<'_> {
         let per_group = out[0] / conv.groups;
         let mut dw = None;
         for tap in self.taps(&Window::of_conv(conv, &x.shape, out, &grad.shape)) {
-            let seen = self.select_window(&x, &tap.rows, &tap.cols);
+            let seen = self.seen(&x, &tap);
             for group in 0..conv.groups {
                 let (g, s) = (self.group_rows(&grad, conv.groups, group), self.group_rows(&seen, conv.groups, group));
                 let s = self.transposed(&s);
@@ -409,7 +410,7 @@ impl Oracle<'_> {
     fn pool_views(&mut self, x: &Value, taps: &[Tap], shape: &[usize; 4]) -> Vec<Value> {
         taps.iter()
             .map(|tap| {
-                let seen = self.select_window(x, &tap.rows, &tap.cols);
+                let seen = self.seen(x, tap);
                 let hidden = self.plane(tap.valid.iter().map(|v| (1.0 - v) * -1e30).collect(), shape);
                 self.sum_of(&seen, &hidden)
             })
@@ -455,9 +456,18 @@ impl Oracle<'_> {
         self.laid_out(&dx, pool.layout)
     }
 
+    /// What a tap sees of `x`.
+    fn seen(&mut self, x: &Value, tap: &Tap) -> Value {
+        match &tap.selection {
+            Some((rows, cols)) => self.select_window(x, rows, cols),
+            None => x.clone(),
+        }
+    }
+
     /// The transpose of a tap's selection.
     fn scatter_window(&mut self, x: &Value, tap: &Tap) -> Value {
-        let (rows, cols) = (self.transposed(&tap.rows), self.transposed(&tap.cols));
+        let Some((rows, cols)) = &tap.selection else { return x.clone() };
+        let (rows, cols) = (self.transposed(rows), self.transposed(cols));
         self.select_window(x, &rows, &cols)
     }
 
@@ -479,7 +489,7 @@ impl Oracle<'_> {
         let taps = self.taps(&Window::of_pool(pool, &x.shape, &shape));
         let mut y = None;
         for tap in &taps {
-            let seen = self.select_window(&x, &tap.rows, &tap.cols);
+            let seen = self.seen(&x, tap);
             self.accumulate(&mut y, seen);
         }
         let (sum, weights) = (self.total(y, &shape), self.pool_weights(pool, &taps, &shape));
@@ -731,8 +741,8 @@ impl Oracle<'_> {
 /// One position of a window's kernel.
 struct Tap {
     at: [usize; 2],
-    rows: Value,
-    cols: Value,
+    /// The matrices along height and width; none if the tap sees everything in its place.
+    selection: Option<(Value, Value)>,
     /// 1 where the tap is inside the input, by output position.
     valid: Vec<f32>,
 }

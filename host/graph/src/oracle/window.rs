@@ -24,6 +24,11 @@ impl Window {
         Window { kernel, stride, padding, dilation: [1; 2], input: [x[2], x[3]], output: [y[2], y[3]] }
     }
 
+    /// A window of one element that moves by one: every output is its input.
+    pub fn is_identity(&self) -> bool {
+        (self.kernel, self.stride, self.padding) == ([1; 2], [1; 2], [0; 2])
+    }
+
     /// The 0/1 matrix `[output, input]` of one tap along a dimension, and which outputs it is inside for.
     pub fn selection(&self, d: usize, k: usize) -> (Vec<f32>, Vec<f32>) {
         let (input, output) = (self.input[d], self.output[d]);
