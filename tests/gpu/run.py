@@ -25,7 +25,6 @@ import platform
 import re
 import shutil
 import signal
-import site
 import subprocess
 import sys
 import tarfile
@@ -397,7 +396,7 @@ def go_through(args: argparse.Namespace) -> int:
         archive.extractall(work, filter="data")
     bare = json.loads((work / "manifest.json").read_text())["bare"]
     root = ROOT if bare else work
-    run = Run(args, root, work / "bin", work, log, has_gpu(), library_folders(), begun)
+    run = Run(args, root, work / "bin", work, log, has_gpu(), library_folders(args.python), begun)
     rows = []
     for name in args.stages:
         stage, seconds = STAGES[name]
@@ -443,12 +442,12 @@ def has_gpu() -> bool:
     return False
 
 
-def library_folders() -> list[str]:
+def library_folders(python: str) -> list[str]:
     """Folders with CUDA's libraries: those given, those of Python's wheels, the toolkit's, the driver's."""
     folders = [Path(p) for p in os.environ.get("CLIP_HOST_CUDA_PATH", "").split(":") if p]
-    packages = [Path(p) for p in dict.fromkeys([*site.getsitepackages(), site.getusersitepackages(), *sys.path]) if p]
-    for place in packages:
-        folders += sorted(place.glob("nvidia/*/lib"))
+    places = text_of([python, "-c", "import sys; print(*sys.path, sep='\\n')"]).splitlines()
+    for place in filter(None, places):
+        folders += sorted(Path(place).glob("nvidia/*/lib"))
     folders += [Path("/usr/local/cuda/lib64"), Path("/usr/local/nvidia/lib64")]
     return list(dict.fromkeys(str(folder) for folder in folders if folder.is_dir()))
 
