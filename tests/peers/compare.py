@@ -37,8 +37,8 @@ SCAN = {
     "cpu": ["eager", "eager+nhwc", "eager+nhwc+malloc", "compile", "compile+nhwc", "compile+nhwc+malloc"],
     "cuda": ["eager+nhwc", "eager+nhwc+capture", "compile+nhwc", "compile+nhwc+graphs", "compile+nhwc+autotune"],
 }
-# clip-host's names.
-PRECISIONS = {"f32": None, "tf32": "Tf32", "bf16": "Bf16", "fp16": "Fp16"}
+# clip-host's precision beside each of PyTorch's; it has neither tf32 nor fp16 in recipes.
+PRECISIONS = {"f32": "F32", "tf32": "F32", "bf16": "Bf16", "fp16": "Bf16"}
 # A run over 30 epochs of 100,000 pairs, as in the studies.
 STUDY_SAMPLES = 30 * 100_000
 GIB = float(1 << 30)
@@ -136,14 +136,17 @@ def measure(command: list[str], environment: dict[str, str], timeout: int) -> di
     return result
 
 
+def own_precision(args: argparse.Namespace) -> str:
+    given = [text.partition("=")[2] for text in args.set if text.startswith("precision=")]
+    return given[-1] if given else PRECISIONS[args.precision]
+
+
 def ours(args: argparse.Namespace, batch: int, steps: int) -> dict:
     flags = ["--batch", batch, "--image-size", args.image_size, "--steps", steps]
     if args.on_gpu:
         flags += ["--backend", "cuda"]
-    sets = [f"train.threads={args.threads}", *args.set]
-    precision = PRECISIONS[args.precision] if args.on_gpu or args.precision == "bf16" else None
-    if precision and not any(s.startswith("precision=") for s in sets):
-        sets.append(f"precision={precision}")
+    sets = [f"train.threads={args.threads}", *(s for s in args.set if not s.startswith("precision="))]
+    sets.append(f"precision={own_precision(args)}")
     if args.optimizer == "adamw" and not any(s.startswith("optimizer") for s in sets):
         sets += ["optimizer.plugin=adamw", "optimizer.config=()"]
     command = [args.binary, "bench", "step", args.recipe, "--synthetic", "--json", *flags]
@@ -245,6 +248,7 @@ def compare(args: argparse.Namespace, cache: Path) -> dict:
         "backend": args.backend,
         "smoke": args.smoke,
         "precision": args.precision,
+        "clip_host_precision": own_precision(args),
         "optimizer": args.optimizer,
         "batch": batch,
         "largest": found,
@@ -331,6 +335,8 @@ def table(result: dict) -> str:
         f"memory {memory(result['memory_ratio'])}, against its steps alone {memory(result['steps_memory_ratio'])}"
     )
     lines.append("* took turns with clip-host; the other modes were run once")
+    if result["precision"] != result["clip_host_precision"].lower():
+        lines.append(f"clip-host's precision is {result['clip_host_precision']}")
     if peaks:
         products = [f"{k.split('_')[1]} {v / 1e3:.1f}" for k, v in peaks.items() if k.startswith("gemm_")]
         copies = f"{peaks['copy_gbytes_per_second']:.0f} GB/s"
