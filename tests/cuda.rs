@@ -136,7 +136,8 @@ fn recipes_compile_for_gpus() {
     assert!(sources.len() > 500, "{} kernels", sources.len());
     println!("{} kernels", sources.len());
     // Many at a time, since all begin alike.
-    let bodies: Vec<&str> = sources.values().map(|s| s.strip_prefix(PRELUDE).expect("kernels have a prelude")).collect();
+    let bodies: Vec<&str> =
+        sources.values().map(|s| s.strip_prefix(PRELUDE).expect("kernels have a prelude")).collect();
     std::thread::scope(|scope| {
         for arch in [(8, 0), (9, 0)] {
             let bodies = &bodies;

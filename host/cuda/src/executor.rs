@@ -427,11 +427,12 @@ impl Executor {
     /// Enqueues one piece of work.
     fn start_work(&self, number: usize) -> Result<(), ExecuteError> {
         let (function, arguments) = &self.ready[number];
-        Ok(match &self.schedule.work[number].0 {
+        match &self.schedule.work[number].0 {
             Work::Launch(launch) => self.machine.launch(*function, launch, arguments)?,
             Work::Product(product) => self.machine.multiply(product, arguments)?,
             Work::Convolution(convolution) => self.machine.convolve(convolution, arguments)?,
-        })
+        }
+        Ok(())
     }
 
     fn launch_all(&self) -> Result<(), ExecuteError> {

@@ -27,6 +27,18 @@ const EVENTS: usize = 4096;
 /// # Errors
 /// If there is none, or a library is missing: with its name, and where it was looked for.
 pub fn open(index: usize) -> std::result::Result<Arc<dyn Machine>, CudaError> {
+    open_with(index, true)
+}
+
+/// As [`open`], but without cuBLASLt and cuDNN: every kernel is rendered.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_without_libraries(index: usize) -> std::result::Result<Arc<dyn Machine>, CudaError> {
+    open_with(index, false)
+}
+
+fn open_with(index: usize, libraries: bool) -> std::result::Result<Arc<dyn Machine>, CudaError> {
     let device = Device::open(index)?;
     // Without the compiler nothing could run: say so now.
     clip_host_cuda_driver::compile::version()?;
@@ -34,8 +46,11 @@ pub fn open(index: usize) -> std::result::Result<Arc<dyn Machine>, CudaError> {
     let slower = |what: &str, error: CudaError| {
         tracing::warn!("{what} are computed by rendered kernels, which are slower: {error}");
     };
-    let blas = Blas::open(&device).map_err(|error| slower("products", error)).ok();
-    let dnn = Dnn::open(&device).map_err(|error| slower("convolutions", error)).ok();
+    let (mut blas, mut dnn) = (None, None);
+    if libraries {
+        blas = Blas::open(&device).map_err(|error| slower("products", error)).ok();
+        dnn = Dnn::open(&device).map_err(|error| slower("convolutions", error)).ok();
+    }
     Ok(Arc::new(Gpu { device, cache, blas, dnn, state: Mutex::default() }))
 }
 
@@ -45,6 +60,9 @@ fn cache_folder() -> PathBuf {
     let base = folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")));
     base.unwrap_or_else(std::env::temp_dir).join("clip-host").join("kernels")
 }
+
+/// A kernel's machine code.
+type Compiled = std::result::Result<Vec<u8>, CudaError>;
 
 /// An NVIDIA GPU with its compute queue.
 struct Gpu {
@@ -101,8 +119,8 @@ impl Gpu {
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(functions.len());
         let next = AtomicUsize::new(0);
         let arch = self.device.compute_capability();
-        let compiled: Mutex<Vec<Option<std::result::Result<Vec<u8>, CudaError>>>> =
-            Mutex::new(functions.iter().map(|_| None).collect());
+        let none: Vec<Option<Compiled>> = functions.iter().map(|_| None).collect();
+        let compiled = Mutex::new(none);
         std::thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|| {

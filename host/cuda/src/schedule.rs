@@ -2,7 +2,9 @@
 
 use crate::launch::{Address, Block, Function, Launch, Schedule, Work};
 use crate::library::{self, Item, Libraries};
-use crate::render::own::{self, Pooling, Source, Target};
+use crate::render::moments;
+use crate::render::own::{self, Source, Target};
+use crate::render::pool::Pooling;
 use crate::render::product::{self, Convolution};
 use crate::render::{Draft, fused};
 use clip_host_compiler::kernel::{Kernel, Operand};
@@ -166,7 +168,8 @@ fn items(places: &Places, kernel: &Kernel, libraries: &dyn Libraries) -> Result<
                 let view = Operand { source: *node, offset: 0, dims };
                 let y = Source { at: to.at, element: to.element, view: &view, node: Some(*node) };
                 let cols = shape.last().copied().unwrap_or(1);
-                let moments = own::moments(&y, y.elements() / cols.max(1), cols, places.target(*moments)?);
+                let moments =
+                    crate::render::moments::moments(&y, y.elements() / cols.max(1), cols, places.target(*moments)?);
                 items.extend(moments.into_iter().map(Item::Draft));
             }
             items
@@ -231,13 +234,13 @@ fn own(op: &Op, inputs: &[Source], to: Target, shape: &[usize]) -> Result<Vec<Dr
         }
         Op::MaxPool2d(pool) => vec![Pooling { pool, input: &sizes(0), output: shape }.max(&inputs[0], to)],
         Op::MaxPool2dGrad(pool) => {
-            vec![Pooling { pool, input: shape, output: &sizes(1) }.max_grad(&inputs[0], &inputs[1], to)]
+            Pooling { pool, input: shape, output: &sizes(1) }.max_grad(&inputs[0], &inputs[1], to)
         }
         Op::AvgPool2d(pool) => vec![Pooling { pool, input: &sizes(0), output: shape }.average(&inputs[0], to)],
         Op::AvgPool2dGrad(pool) => {
             vec![Pooling { pool, input: shape, output: &sizes(0) }.average_grad(&inputs[0], to)]
         }
-        Op::Moments => own::moments(&inputs[0], inputs[0].elements() / shape[1], shape[1], to),
+        Op::Moments => moments::moments(&inputs[0], inputs[0].elements() / shape[1], shape[1], to),
         Op::Gather => vec![own::gather(&inputs[0], &inputs[1], to)],
         Op::ScatterAdd => vec![own::scatter_add(&inputs[0], &inputs[1], to, shape)],
         Op::Scatter => {

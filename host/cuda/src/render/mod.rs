@@ -1,7 +1,9 @@
 //! Kernels as CUDA C: one function for each distinct text, sizes and strides written into it.
 
 mod fused;
+pub mod moments;
 pub mod own;
+pub mod pool;
 pub mod product;
 mod text;
 

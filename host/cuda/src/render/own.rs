@@ -1,11 +1,11 @@
-//! Kernels with a text of their own: copies, padding, tables, pooling, batch statistics.
+//! Kernels with a text of their own: copies, padding, tables, images.
 
 use super::text::{Draft, Parameters, dot, index_type};
 use crate::launch::{Access, Address, Block, control};
 use clip_host_compiler::kernel::{Element, Operand};
-use clip_host_plugin_api::ir::{NodeId, Pool};
+use clip_host_plugin_api::ir::NodeId;
 
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Blocks of a kernel that walks over elements, at most.
 const BLOCKS: usize = 8192;
 
@@ -47,7 +47,7 @@ impl Source<'_> {
 }
 
 /// A loop of all threads over `count` elements, with the element's number in `i`.
-fn each(count: usize, body: &str) -> (String, [u32; 3]) {
+pub(super) fn each(count: usize, body: &str) -> (String, [u32; 3]) {
     let blocks = count.div_ceil(THREADS).clamp(1, BLOCKS);
     let index = index_type(count);
     let text = format!(
@@ -212,142 +212,6 @@ pub fn scatter(ids: &Source, rows: &Source, to: Target, shape: &[usize]) -> Draf
     parameters.draft(THREADS as u32, [given as u32, 1, 1], &text)
 }
 
-/// Sizes of a pooling: `[batch, height, width, channels]` before and after.
-pub struct Pooling<'a> {
-    pub pool: &'a Pool,
-    pub input: &'a [usize],
-    pub output: &'a [usize],
-}
-
-impl Pooling<'_> {
-    /// Statements that name the coordinates of element `i` of a tensor of this shape.
-    fn coordinates(shape: &[usize]) -> String {
-        let [_, h, w, c] = [shape[0], shape[1], shape[2], shape[3]];
-        format!(
-            "        const int c = i % {c}, x = i / {c} % {w}, y = i / {} % {h};\n        const u64 n = i / {};\n",
-            c * w,
-            c * w * h
-        )
-    }
-
-    fn constants(&self) -> String {
-        let p = self.pool;
-        format!(
-            "    const int H = {}, W = {}, C = {}, OH = {}, OW = {}, KH = {}, KW = {}, SH = {}, SW = {}, PH = {}, PW = {};\n",
-            self.input[1],
-            self.input[2],
-            self.input[3],
-            self.output[1],
-            self.output[2],
-            p.kernel[0],
-            p.kernel[1],
-            p.stride[0],
-            p.stride[1],
-            p.padding[0],
-            p.padding[1]
-        )
-    }
-
-    pub fn max(&self, x: &Source, to: Target) -> Draft {
-        let body = format!(
-            "{}        float best = Max::zero();
-        for (int dy = 0; dy < KH; dy++)
-            for (int dx = 0; dx < KW; dx++) {{
-                const int iy = y * SH - PH + dy, ix = x * SW - PW + dx;
-                if (iy >= 0 && iy < H && ix >= 0 && ix < W) best = larger(best, widen(p[((n * H + iy) * W + ix) * C + c]));
-            }}
-        narrow(best, q[i]);
-",
-            Self::coordinates(self.output)
-        );
-        self.draft(&[(x, "p")], to, self.output, &body)
-    }
-
-    /// Each input asks the windows that it lies in for their first maximum.
-    pub fn max_grad(&self, x: &Source, grad: &Source, to: Target) -> Draft {
-        let body = format!(
-            "{}        float sum = 0.0f;
-        const int y0 = y + PH < KH ? 0 : (y + PH - KH) / SH + 1, y1 = (y + PH) / SH < OH - 1 ? (y + PH) / SH : OH - 1;
-        const int x0 = x + PW < KW ? 0 : (x + PW - KW) / SW + 1, x1 = (x + PW) / SW < OW - 1 ? (x + PW) / SW : OW - 1;
-        for (int oy = y0; oy <= y1; oy++)
-            for (int ox = x0; ox <= x1; ox++) {{
-                float best = Max::zero();
-                int by = -1, bx = -1;
-                for (int dy = 0; dy < KH; dy++)
-                    for (int dx = 0; dx < KW; dx++) {{
-                        const int iy = oy * SH - PH + dy, ix = ox * SW - PW + dx;
-                        if (iy < 0 || iy >= H || ix < 0 || ix >= W) continue;
-                        const float v = widen(p[((n * H + iy) * W + ix) * C + c]);
-                        if (by < 0 || v > best || (v != v && best == best)) {{
-                            best = v;
-                            by = iy;
-                            bx = ix;
-                        }}
-                    }}
-                if (by == y && bx == x) sum += widen(g[((n * OH + oy) * OW + ox) * C + c]);
-            }}
-        narrow(sum, q[i]);
-",
-            Self::coordinates(self.input)
-        );
-        self.draft(&[(x, "p"), (grad, "g")], to, self.input, &body)
-    }
-
-    /// What an average at (oy, ox) divides by.
-    fn divisor(&self) -> &'static str {
-        match self.pool.count_include_pad {
-            true => {
-                "((oy * SH + KH < H + 2 * PH ? KH : H + 2 * PH - oy * SH) * (ox * SW + KW < W + 2 * PW ? KW : W + 2 * PW - ox * SW))"
-            }
-            false => {
-                "(((oy * SH - PH + KH < H ? oy * SH - PH + KH : H) - (oy * SH > PH ? oy * SH - PH : 0)) * ((ox * SW - PW + KW < W ? ox * SW - PW + KW : W) - (ox * SW > PW ? ox * SW - PW : 0)))"
-            }
-        }
-    }
-
-    pub fn average(&self, x: &Source, to: Target) -> Draft {
-        let body = format!(
-            "{}        float sum = 0.0f;
-        const int oy = y, ox = x;
-        for (int dy = 0; dy < KH; dy++)
-            for (int dx = 0; dx < KW; dx++) {{
-                const int iy = y * SH - PH + dy, ix = x * SW - PW + dx;
-                if (iy >= 0 && iy < H && ix >= 0 && ix < W) sum += widen(p[((n * H + iy) * W + ix) * C + c]);
-            }}
-        narrow(sum / (float){}, q[i]);
-",
-            Self::coordinates(self.output),
-            self.divisor()
-        );
-        self.draft(&[(x, "p")], to, self.output, &body)
-    }
-
-    pub fn average_grad(&self, grad: &Source, to: Target) -> Draft {
-        let body = format!(
-            "{}        float sum = 0.0f;
-        const int y0 = y + PH < KH ? 0 : (y + PH - KH) / SH + 1, y1 = (y + PH) / SH < OH - 1 ? (y + PH) / SH : OH - 1;
-        const int x0 = x + PW < KW ? 0 : (x + PW - KW) / SW + 1, x1 = (x + PW) / SW < OW - 1 ? (x + PW) / SW : OW - 1;
-        for (int oy = y0; oy <= y1; oy++)
-            for (int ox = x0; ox <= x1; ox++)
-                sum += widen(g[((n * OH + oy) * OW + ox) * C + c]) / (float){};
-        narrow(sum, q[i]);
-",
-            Self::coordinates(self.input),
-            self.divisor()
-        );
-        self.draft(&[(grad, "g")], to, self.input, &body)
-    }
-
-    fn draft(&self, sources: &[(&Source, &str)], to: Target, shape: &[usize], body: &str) -> Draft {
-        let count: usize = shape.iter().product();
-        let mut parameters = Parameters::default();
-        sources.iter().for_each(|(source, name)| source.parameter(&mut parameters, name));
-        parameters.write("q", to.element, to.at, count, to.node, Access::Write);
-        let (text, grid) = each(count, body);
-        parameters.draft(THREADS as u32, grid, &(self.constants() + &text))
-    }
-}
-
 /// Normalises images: pixels `[n, height, width, 3]` become planes `[n, 3, height, width]`, each byte by its channel's table
 /// of 256 values.
 pub fn normalize(pixels: Address, levels: Address, to: Target, shape: [usize; 4]) -> Draft {
@@ -366,84 +230,4 @@ pub fn normalize(pixels: Address, levels: Address, to: Target, shape: [usize; 4]
     );
     let (text, grid) = each(count, &body);
     parameters.draft(THREADS as u32, grid, &text)
-}
-
-/// Columns of a block of batch statistics, and its rows of threads.
-const COLUMNS: usize = 32;
-/// Blocks along the rows at most.
-const CHUNKS: usize = 512;
-
-/// Mean and population variance of each column: each thread sums the differences from the first row of its chunk and
-/// their squares; chunks are combined in their order, in double precision, after Chan, Golub and LeVeque (1979).
-pub fn moments(x: &Source, rows: usize, cols: usize, to: Target) -> Vec<Draft> {
-    let groups = THREADS / COLUMNS;
-    let tiles = cols.div_ceil(COLUMNS);
-    let chunks = (4 * CHUNKS).div_ceil(tiles).clamp(1, CHUNKS).min(rows.div_ceil(4 * groups)).max(1);
-    let chunk = rows.div_ceil(chunks);
-    let chunks = rows.div_ceil(chunk);
-    let partials = Address { block: Block::Scratch, offset: 0 };
-    let bytes = chunks * cols * 3 * 4;
-
-    let mut parameters = Parameters::default();
-    x.parameter(&mut parameters, "p");
-    parameters.raw("float *w", partials, bytes, Access::Write, 4);
-    let text = format!(
-        "    __shared__ float sums[{groups}][{COLUMNS}], squares[{groups}][{COLUMNS}];
-    const u32 lane = threadIdx.x % {COLUMNS}, group = threadIdx.x / {COLUMNS};
-    const u32 col = blockIdx.y * {COLUMNS} + lane;
-    const u64 first = (u64)blockIdx.x * {chunk};
-    const u64 end = first + {chunk} < {rows} ? first + {chunk} : {rows};
-    float sum = 0.0f, square = 0.0f, pivot = 0.0f;
-    if (col < {cols}) {{
-        pivot = widen(p[first * {cols} + col]);
-        for (u64 row = first + group; row < end; row += {groups}) {{
-            const float d = widen(p[row * {cols} + col]) - pivot;
-            sum += d;
-            square += d * d;
-        }}
-    }}
-    sums[group][lane] = sum;
-    squares[group][lane] = square;
-    __syncthreads();
-    if (group == 0 && col < {cols}) {{
-        for (int g = 1; g < {groups}; g++) {{
-            sum += sums[g][lane];
-            square += squares[g][lane];
-        }}
-        float *to = w + (u64)blockIdx.x * {three} + col;
-        to[0] = pivot;
-        to[{cols}] = sum;
-        to[{two}] = square;
-    }}
-",
-        two = 2 * cols,
-        three = 3 * cols,
-    );
-    let first = parameters.draft(THREADS as u32, [chunks as u32, tiles as u32, 1], &text);
-
-    let mut parameters = Parameters::default();
-    parameters.raw("const float *w", partials, bytes, Access::Read, 4);
-    parameters.write("q", to.element, to.at, 2 * cols, to.node, Access::Write);
-    let text = format!(
-        "    const u32 col = blockIdx.x * {COLUMNS} + threadIdx.x;
-    if (col >= {cols}) return;
-    double count = 0.0, mean = 0.0, square = 0.0;
-    for (u32 i = 0; i < {chunks}; i++) {{
-        const float *from = w + (u64)i * {three} + col;
-        const double n = i + 1 < {chunks} ? {chunk} : {last};
-        const double sum = from[{cols}], here = from[0] + sum / n;
-        const double delta = here - mean, all = count + n;
-        square += from[{two}] - sum * sum / n + delta * delta * count * n / all;
-        mean += delta * n / all;
-        count = all;
-    }}
-    narrow((float)mean, q[col]);
-    narrow((float)(square > 0.0 ? square / count : 0.0), q[{cols} + col]);
-",
-        two = 2 * cols,
-        three = 3 * cols,
-        last = rows - (chunks - 1) * chunk,
-    );
-    let second = parameters.draft(COLUMNS as u32, [tiles as u32, 1, 1], &text);
-    vec![first, second]
 }

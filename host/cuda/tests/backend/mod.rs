@@ -5,7 +5,7 @@ use clip_host_cuda_emulator::Emulator;
 use std::sync::Arc;
 
 /// Emulators of machines with and without the vendor's libraries, if they run here: one for each thread, since a machine has
-/// one stream. Or the GPU, with what it has.
+/// one stream. Or the GPU.
 fn machines() -> Option<[Arc<dyn Machine>; 2]> {
     if std::env::var("CLIP_HOST_TEST_BACKEND").is_ok_and(|backend| backend == "cuda") {
         return Some(gpu());
@@ -22,12 +22,14 @@ fn machines() -> Option<[Arc<dyn Machine>; 2]> {
     MACHINES.with(Clone::clone)
 }
 
-/// The GPU, twice. Who asks for it wants no test that passes without one.
+/// The GPU, with the vendor's libraries and without. Who asks for it wants no test that passes without one.
 fn gpu() -> [Arc<dyn Machine>; 2] {
+    use clip_host_cuda::gpu::{open, open_without_libraries};
     thread_local! {
-        static GPU: Arc<dyn Machine> = clip_host_cuda::gpu::open(0).unwrap_or_else(|error| panic!("{error}"));
+        static GPU: [Arc<dyn Machine>; 2] =
+            [open(0), open_without_libraries(0)].map(|gpu| gpu.unwrap_or_else(|error| panic!("{error}")));
     }
-    GPU.with(|gpu| [gpu.clone(), gpu.clone()])
+    GPU.with(Clone::clone)
 }
 
 impl Case {

@@ -110,6 +110,10 @@ impl Renderer<'_> {
         line(t, 1, &format!("const {index} first = piece * {segment} + part * {chunk};"));
         let (last, limit) = (format!("first + {chunk}"), format!("(piece + 1) * {segment}"));
         line(t, 1, &format!("const {index} end = {last} < {limit} ? {last} : {limit};"));
+        if self.phases == 0 && self.kernel.code.len() <= LONG {
+            // Several rows' loads are under way at once.
+            line(t, 0, "#pragma unroll 2");
+        }
         line(t, 1, &format!("for (u32 turn = 0; turn < {}; turn++) {{", chunk.div_ceil(groups)));
         // Threads beyond the last row compute it again, so that all meet at the barriers, and keep nothing.
         line(t, 2, &format!("const {index} wanted = first + turn * {groups} + group;"));
