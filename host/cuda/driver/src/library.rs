@@ -14,29 +14,38 @@ pub(crate) const PATH_VARIABLE: &str = "CLIP_HOST_CUDA_PATH";
 pub(crate) struct Wanted {
     /// File names that would do, the newest first.
     pub files: &'static [&'static str],
+    /// How the names of files begin that it loads by name, without looking beside itself.
+    pub companions: Option<&'static str>,
     /// What it is needed for: "cannot …".
     pub purpose: &'static str,
     /// Where it comes from: "hint: …".
     pub source_hint: &'static str,
 }
 
-pub(crate) static DRIVER: Wanted =
-    Wanted { files: &["libcuda.so.1"], purpose: "use a GPU", source_hint: "NVIDIA's driver installs it" };
+pub(crate) static DRIVER: Wanted = Wanted {
+    files: &["libcuda.so.1"],
+    companions: None,
+    purpose: "use a GPU",
+    source_hint: "NVIDIA's driver installs it",
+};
 
 pub(crate) static NVRTC: Wanted = Wanted {
     files: &["libnvrtc.so.13", "libnvrtc.so.12"],
+    companions: Some("libnvrtc-builtins.so."),
     purpose: "compile CUDA kernels",
     source_hint: "CUDA installs it, so does `pip install nvidia-cuda-nvrtc`",
 };
 
 pub(crate) static CUBLAS_LT: Wanted = Wanted {
     files: &["libcublasLt.so.13", "libcublasLt.so.12"],
+    companions: None,
     purpose: "multiply matrices on a GPU",
     source_hint: "CUDA installs it, so does `pip install nvidia-cublas`",
 };
 
 pub(crate) static CUDNN: Wanted = Wanted {
     files: &["libcudnn.so.9"],
+    companions: None,
     purpose: "convolve images on a GPU",
     source_hint: "cuDNN 9 has it, so does `pip install nvidia-cudnn-cu13` (cu12 for CUDA 12)",
 };
@@ -121,7 +130,12 @@ fn open_in(wanted: &Wanted, files: &[&str], places: &[Place]) -> Result<Loaded, 
             // SAFETY: loading runs the library's initialisers; these are NVIDIA's, from where the user's system or the
             // user's own variable says that they are.
             match unsafe { Library::new(&path) } {
-                Ok(library) => return Ok(Loaded { library: ManuallyDrop::new(library), path }),
+                Ok(library) => {
+                    if let (Place::Folder(folder), Some(prefix)) = (place, wanted.companions) {
+                        load_companions(folder, prefix);
+                    }
+                    return Ok(Loaded { library: ManuallyDrop::new(library), path });
+                }
                 Err(error) if *place == Place::Loader => looked_in.push(format!("the loader's path ({error})")),
                 Err(error) => looked_in.push(format!("{} ({error})", path.display())),
             }
@@ -133,6 +147,19 @@ fn open_in(wanted: &Wanted, files: &[&str], places: &[Place]) -> Result<Loaded, 
         looked_in,
         source_hint: wanted.source_hint,
     })
+}
+
+/// Loads the files of `folder` whose names begin with `prefix`, to stay: a library that asks for one of them by its name
+/// gets what is loaded under that name. Where one cannot be loaded, the library that asks will say so.
+fn load_companions(folder: &Path, prefix: &str) {
+    let Ok(entries) = folder.read_dir() else { return };
+    let is_companion = |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(|n| n.starts_with(prefix));
+    for path in entries.flatten().map(|entry| entry.path()).filter(is_companion) {
+        // SAFETY: it is NVIDIA's, as the library beside it.
+        if let Ok(library) = unsafe { Library::new(&path) } {
+            let _stays = ManuallyDrop::new(library);
+        }
+    }
 }
 
 /// All places, in the order in which they are tried.
@@ -209,8 +236,12 @@ mod tests {
     #[test]
     fn a_missing_library_is_named_with_every_place() {
         let places = [Place::Folder("/no/such/folder".into()), Place::Loader];
-        let wanted =
-            Wanted { files: &["libnothing.so.2", "libnothing.so.1"], purpose: "try", source_hint: "there is none" };
+        let wanted = Wanted {
+            files: &["libnothing.so.2", "libnothing.so.1"],
+            companions: None,
+            purpose: "try",
+            source_hint: "there is none",
+        };
         let Err(error) = open_in(&wanted, wanted.files, &places) else { panic!("loaded a library that is not there") };
         let CudaError::Library { library, looked_in, .. } = &error else { panic!("got {error:?}") };
         assert_eq!(library, "libnothing.so.2 or libnothing.so.1");
@@ -225,7 +256,8 @@ mod tests {
     fn a_file_that_is_no_library_says_why() {
         let folder = folder("no_library");
         fs::write(folder.join("libnothing.so.1"), "text").unwrap();
-        let wanted = Wanted { files: &["libnothing.so.1"], purpose: "try", source_hint: "there is none" };
+        let wanted =
+            Wanted { files: &["libnothing.so.1"], companions: None, purpose: "try", source_hint: "there is none" };
         let Err(error) = open_in(&wanted, wanted.files, &[Place::Folder(folder.clone())]) else {
             panic!("loaded text")
         };
