@@ -122,10 +122,16 @@ impl Store {
 
 /// Values as they are kept.
 fn encoded(values: &[f32], element: Element) -> Vec<u8> {
+    // A loop over pieces of one size is a copy to the compiler; an iterator of bytes is not.
+    fn pieces<const N: usize>(values: &[f32], encode: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+        let mut bytes = vec![0; values.len() * N];
+        bytes.as_chunks_mut::<N>().0.iter_mut().zip(values).for_each(|(piece, &v)| *piece = encode(v));
+        bytes
+    }
     match element {
-        Element::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Element::I32 => values.iter().flat_map(|&v| (v as i32).to_le_bytes()).collect(),
-        Element::Bf16 => values.iter().flat_map(|&v| bf16_bits(v).to_le_bytes()).collect(),
+        Element::F32 => pieces(values, f32::to_le_bytes),
+        Element::I32 => pieces(values, |v| (v as i32).to_le_bytes()),
+        Element::Bf16 => pieces(values, |v| bf16_bits(v).to_le_bytes()),
     }
 }
 
@@ -396,18 +402,32 @@ impl Executor {
         }
         match self.recording {
             Some(recording) => self.machine.replay(recording)?,
-            None if self.runs == 2 && self.machine.begin_recording()? => {
-                let launched = self.launch_all();
-                // Recording ends in any case: the stream would stay in it.
-                let recording = self.machine.end_recording();
-                launched?;
-                let recording = recording?;
-                self.recording = Some(recording);
-                self.machine.replay(recording)?;
-            }
+            None if self.runs == 2 => match self.record() {
+                Ok(Some(recording)) => {
+                    self.recording = Some(recording);
+                    self.machine.replay(recording)?;
+                }
+                Ok(None) => self.launch_all()?,
+                Err(error) => {
+                    tracing::warn!("the step is launched kernel by kernel, which is slower: {error}");
+                    self.launch_all()?;
+                }
+            },
             None => self.launch_all()?,
         }
         Ok(())
+    }
+
+    /// The whole step as one recording; `None` if the machine makes none.
+    fn record(&self) -> Result<Option<Recording>, ExecuteError> {
+        if !self.machine.begin_recording()? {
+            return Ok(None);
+        }
+        let launched = self.launch_all();
+        // Recording ends in any case: the stream would stay in it.
+        let recording = self.machine.end_recording();
+        launched?;
+        Ok(Some(recording?))
     }
 
     /// Waits for the run.
