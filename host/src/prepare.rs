@@ -41,7 +41,7 @@ pub fn plugins_of(recipe: &Recipe, registry: &Registry) -> Result<Plugins, Recip
 
 /// Where the recipe's model lives. `Auto` says which device it took, and why.
 pub fn device(recipe: &Recipe) -> Result<Device, CliError> {
-    Ok(assemble::device(recipe)?)
+    assemble::device(recipe).map_err(|error| (*error).into())
 }
 
 /// The device that a flag names.

@@ -39,10 +39,10 @@ pub struct Profile {
 
 impl Profile {
     /// Opens the trace's file, then measures the machine's limits: that it cannot be written is told at once.
-    pub fn create(path: &Path, peaks: impl FnOnce() -> Peaks) -> Result<Profile, CliError> {
+    pub fn create(path: &Path, peaks: impl FnOnce() -> Result<Peaks, CliError>) -> Result<Profile, CliError> {
         let file = File::create(path).map_err(|error| refused(path, &error))?;
         let (path, file) = (path.to_path_buf(), BufWriter::new(file));
-        let peaks = peaks();
+        let peaks = peaks()?;
         // The most memory that the process reports is to be the steps' own; only Linux can forget the measurement's.
         #[cfg(target_os = "linux")]
         let _ = std::fs::write("/proc/self/clear_refs", "5");
@@ -292,7 +292,7 @@ mod tests {
     fn profile() -> Profile {
         let folder = std::env::temp_dir().join(format!("clip-host-profile-{}", std::process::id()));
         let peaks = Peaks { threads: 1, gemm_f32: 100.0, gemm_bf16: 200.0, copy: 10.0 };
-        let mut profile = Profile::create(&folder, || peaks).unwrap();
+        let mut profile = Profile::create(&folder, || Ok(peaks)).unwrap();
         std::fs::remove_file(&folder).unwrap();
         let (conv, fused) = (Kind::Conv, Kind::Fused);
         profile.describe(vec![kernel(conv, Phase::Forward, 5e7, 10), kernel(fused, Phase::Backward, 1e6, 5_000_000)]);
@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn a_file_that_cannot_be_written_is_told() {
         let peaks = Peaks { threads: 1, gemm_f32: 1.0, gemm_bf16: 1.0, copy: 1.0 };
-        let refused = Profile::create(Path::new("/no/such/folder/trace.json"), || peaks).err();
+        let refused = Profile::create(Path::new("/no/such/folder/trace.json"), || Ok(peaks)).err();
         assert!(
             matches!(refused, Some(CliError::Failed(text)) if text.contains("/no/such/folder") && text.contains("hint:"))
         );

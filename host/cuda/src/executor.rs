@@ -45,6 +45,13 @@ impl Buffer {
     }
 }
 
+impl Buffer {
+    /// Where it begins.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+}
+
 impl Drop for Buffer {
     fn drop(&mut self) {
         self.machine.free(self.address);

@@ -8,6 +8,7 @@ pub mod gpu;
 pub mod launch;
 pub mod library;
 pub mod machine;
+pub mod peak;
 pub mod render;
 pub mod schedule;
 pub mod verify;

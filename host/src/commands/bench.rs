@@ -7,7 +7,7 @@ use crate::{output, prepare};
 use clip_host_cpu::ThreadPool;
 use clip_host_cpu::peak::Peaks;
 use clip_host_data::{Batch, Data, DataConfig, DataError, ImageTransform, Loader, Position};
-use clip_host_model::{Ahead, Device, Images, Session, StepInput};
+use clip_host_model::{Ahead, Device, Images, ModelError, ModelSpec, Session, StepInput};
 use serde_json::{Value, json};
 use std::time::Instant;
 
@@ -49,9 +49,7 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     let spec = plugins.model(&recipe, &config, dataset_size, device);
     let mut profile = match &args.profile {
         // The file first: measuring for nothing would be a pity.
-        Some(path) => Some(Profile::create(path, || {
-            Peaks::measure(&ThreadPool::new(prepare::threads(spec.threads)), profile::BUDGET)
-        })?),
+        Some(path) => Some(Profile::create(path, || peaks_of(&spec))?),
         None => None,
     };
     let mut session = Session::new(spec)?;
@@ -149,6 +147,21 @@ pub fn step(args: BenchStepArgs) -> Result<(), CliError> {
     }
     print_result(&result, false)?;
     output::print(&profile.tables())
+}
+
+/// The limits of where the model lives.
+fn peaks_of(spec: &ModelSpec) -> Result<Peaks, CliError> {
+    let threads = prepare::threads(spec.threads);
+    match &spec.device {
+        Device::Cpu => Ok(Peaks::measure(&ThreadPool::new(threads), profile::BUDGET)),
+        Device::Cuda(machine) => {
+            // The emulator is not what large products are for.
+            let size = if machine.name().contains("emulator") { 64 } else { 8192 };
+            let peaks = clip_host_cuda::peak::measure(machine, size).map_err(ModelError::from)?;
+            let clip_host_cuda::peak::Peaks { gemm_f32, gemm_bf16, copy } = peaks;
+            Ok(Peaks { threads, gemm_f32, gemm_bf16, copy })
+        }
+    }
 }
 
 /// The kernels that take most of the step, on stderr: the result stays alone on stdout.

@@ -211,7 +211,7 @@ pub fn config_error(recipe: &Recipe, section: &str, error: ConfigError) -> Recip
 /// What a recipe asks for that this machine does not have, all at once.
 pub fn check_backend(recipe: &Recipe) -> Vec<RecipeError> {
     match recipe.backend {
-        Backend::Cuda { .. } => device(recipe).err().into_iter().collect(),
+        Backend::Cuda { .. } => device(recipe).err().map(|error| *error).into_iter().collect(),
         Backend::Auto | Backend::Cpu => vec![],
     }
 }
@@ -222,7 +222,7 @@ pub fn check_backend(recipe: &Recipe) -> Vec<RecipeError> {
 /// # Errors
 /// If the recipe asks for a GPU and there is none, at the recipe's `backend`: with the library that was not found and where
 /// it was looked for.
-pub fn device(recipe: &Recipe) -> Result<Device, RecipeError> {
+pub fn device(recipe: &Recipe) -> Result<Device, Box<RecipeError>> {
     use clip_host_recipe::Part as RecipePart;
     match recipe.backend {
         Backend::Cpu => Ok(Device::Cpu),
@@ -243,7 +243,7 @@ pub fn device(recipe: &Recipe) -> Result<Device, RecipeError> {
                 let (message, hint) = split_hint(&error.to_string());
                 let hint = hint.map_or(String::new(), |h| format!("{h}; "));
                 let hint = format!("{hint}or write `backend: Cpu`, or `Auto` for whatever there is");
-                Err(recipe.error_at("backend", RecipePart::Value, message, Some(hint)))
+                Err(Box::new(recipe.error_at("backend", RecipePart::Value, message, Some(hint))))
             }
         },
     }
