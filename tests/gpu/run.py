@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACK = ROOT / "target/gpu-pack/pack.tar.xz"
@@ -159,6 +160,15 @@ class Failed(Exception):
 
 
 @dataclass
+class Started:
+    """A process and what it prints."""
+
+    process: subprocess.Popen
+    out: IO[bytes]
+    err: IO[bytes]
+
+
+@dataclass
 class Run:
     """What the stages share."""
 
@@ -184,7 +194,7 @@ class Run:
         with self.log.open("a") as file:
             file.write(text)
 
-    def start(self, command: list, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    def start(self, command: list) -> Started:
         self.write(f"\n$ {' '.join(map(str, command))}\n")
         own = {
             "CLIP_HOST_CUDA_PATH": ":".join(self.libraries),
@@ -192,27 +202,36 @@ class Run:
             "CLIP_HOST_TEST_ROOT": str(self.root),
             "CLIP_HOST_TEST_BACKEND": self.backend,
         }
-        return subprocess.Popen(
+        # Files and not pipes: nobody reads while two of them run.
+        out, err = tempfile.TemporaryFile(dir=self.work), tempfile.TemporaryFile(dir=self.work)
+        process = subprocess.Popen(
             [str(part) for part in command],
             cwd=self.root,
-            env={**os.environ, **own, **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            env={**os.environ, **own},
+            stdout=out,
+            stderr=err,
             # So that what it starts can be ended with it.
             start_new_session=True,
         )
+        return Started(process, out, err)
 
-    def finish(self, process: subprocess.Popen, check: bool = True) -> tuple[int, str, str]:
+    def finish(self, started: Started, check: bool = True) -> tuple[int, str, str]:
+        process, in_time = started.process, True
         try:
-            out, err = process.communicate(timeout=max(1.0, self.ends - time.monotonic()))
+            process.wait(timeout=max(1.0, self.ends - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-            self.write(out[-200_000:] + err[-200_000:])
-            raise Failed("its time was up") from None
+            process.wait()
+            in_time = False
+        texts = []
+        for file in (started.out, started.err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+            file.close()
+        out, err = texts
         self.write(out[-1_000_000:] + err[-200_000:])
+        if not in_time:
+            raise Failed("its time was up")
         if check and process.returncode != 0:
             lines = [line for line in (err or out).strip().splitlines() if line.strip()]
             said = next((line for line in lines if line.startswith("error")), lines[-1] if lines else "nothing")
@@ -488,6 +507,8 @@ def main() -> int:
         parser.error(f"--stages {','.join(unknown)}: expected some of {','.join(STAGES)}")
     if not args.file.is_file():
         parser.error(f"there is no {args.file}\nhint: `tests/gpu/run.py pack` makes it where the project is built")
+    if shutil.which(args.python) is None:
+        parser.error(f"--python: there is no {args.python}")
     return go_through(args)
 
 
