@@ -9,8 +9,14 @@ use clip_host_compiler::kernel::{Element, Operand};
 use clip_host_compiler::plan::Plan;
 use clip_host_plugin_api::ir::{DType, Op};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use thiserror::Error;
+
+/// Bytes up to which inputs travel together.
+const SMALL: usize = 1 << 18;
+/// Scalar results that travel together, at most: a kernel's parameters have room for so many addresses and more.
+const MOST_SCALARS: usize = 256;
 
 /// Why a plan could not be prepared or run.
 #[derive(Debug, Error)]
@@ -183,6 +189,14 @@ pub struct Executor {
     _memory: Vec<Arc<Buffer>>,
     arena: u64,
     control: u64,
+    /// What the control block is to hold when a run begins: the seed, a flag of 0, small inputs.
+    host: Vec<u8>,
+    /// Where in it each small input is, by its leaf.
+    small: HashMap<usize, Range<usize>>,
+    collect: Option<Collect>,
+    /// Numbers of the scalar results, and their values after the last run.
+    scalars: HashMap<String, usize>,
+    results: Vec<f32>,
     inputs: HashMap<String, usize>,
     /// The whole step, once it has run as single launches.
     recording: Option<Recording>,
@@ -191,6 +205,13 @@ pub struct Executor {
     timings: Option<Vec<f64>>,
     /// Images that come as pixels.
     pixels: Option<PixelInput>,
+}
+
+/// The launch that brings scalar results together.
+struct Collect {
+    function: Handle,
+    launch: Launch,
+    arguments: Vec<u64>,
 }
 
 /// How images get to their input.
@@ -222,7 +243,19 @@ impl Executor {
             Ok(buffer.address)
         };
         let (arena, scratch) = (take(plan.arena)?, take(schedule.scratch)?);
-        let control = take(control::BYTES)?;
+        // One copy a step takes the seed and all small inputs, another brings all scalar results.
+        let mut host = vec![0; control::BYTES];
+        let mut small = HashMap::new();
+        for (index, &id) in plan.leaves.iter().enumerate() {
+            let bytes = plan.nodes[id as usize].elements() * plan.storage[id as usize].bytes();
+            if matches!(plan.nodes[id as usize].op, Op::Input { .. }) && bytes <= SMALL {
+                small.insert(index, host.len()..host.len() + bytes);
+                host.resize((host.len() + bytes).next_multiple_of(256), 0);
+            }
+        }
+        let scalars: Vec<(String, Operand)> =
+            plan.outputs.iter().filter(|(_, view)| elements(view) == 1).take(MOST_SCALARS).cloned().collect();
+        let control = take(host.len() + 4 * scalars.len())?;
         let (mut leaves, mut inputs) = (Vec::new(), HashMap::new());
         let mut stored = Vec::new();
         for (index, &id) in plan.leaves.iter().enumerate() {
@@ -243,7 +276,10 @@ impl Executor {
                 }
                 Op::Input { name } => {
                     inputs.insert(name.clone(), index);
-                    take(elements * element.bytes())?
+                    match small.get(&index) {
+                        Some(place) => control + place.start as u64,
+                        None => take(elements * element.bytes())?,
+                    }
                 }
                 other => {
                     return Err(ScheduleError::Unsupported { op: other.name(), layout: "a leaf's place".into() }.into());
@@ -273,6 +309,26 @@ impl Executor {
                 (function, work.arguments().iter().map(|a| address(a.at)).collect())
             })
             .collect();
+        let collect = match scalars.is_empty() {
+            true => None,
+            false => {
+                let places = Places::new(&plan);
+                let sources: Vec<(Address, Element)> = scalars
+                    .iter()
+                    .map(|(_, view)| {
+                        let element = plan.storage[view.source as usize];
+                        let at = places.of(view.source).ok_or(ScheduleError::NoPlace(view.source))?;
+                        Ok((at.plus(view.offset * element.bytes()), element))
+                    })
+                    .collect::<Result<_, ScheduleError>>()?;
+                let results = Address { block: Block::Control, offset: host.len() };
+                let (function, launch) = standalone(own::collect(&sources, results));
+                let arguments = launch.arguments.iter().map(|a| address(a.at)).collect();
+                Some(Collect { function: machine.load(&[function])?[0], launch, arguments })
+            }
+        };
+        let results = vec![0.0; scalars.len()];
+        let scalars = scalars.into_iter().enumerate().map(|(at, (name, _))| (name, at)).collect();
         Ok(Executor {
             plan,
             machine,
@@ -282,6 +338,11 @@ impl Executor {
             _memory: memory,
             arena,
             control,
+            host,
+            small,
+            collect,
+            scalars,
+            results,
             inputs,
             recording: None,
             runs: 0,
@@ -319,7 +380,15 @@ impl Executor {
         let Some(&index) = self.inputs.get(name) else { return Ok(()) };
         let id = self.plan.leaves[index] as usize;
         check_size(name, self.plan.nodes[id].elements(), values.len())?;
-        Ok(self.machine.upload(self.leaves[index], &encoded(values, self.plan.storage[id]))?)
+        self.set_input(index, &encoded(values, self.plan.storage[id]))
+    }
+
+    fn set_input(&mut self, index: usize, bytes: &[u8]) -> Result<(), ExecuteError> {
+        match self.small.get(&index) {
+            Some(place) => self.host[place.clone()].copy_from_slice(bytes),
+            None => self.machine.upload(self.leaves[index], bytes)?,
+        }
+        Ok(())
     }
 
     /// Fills an i32 input; one that the program does not read is passed over.
@@ -331,7 +400,7 @@ impl Executor {
             return Err(ExecuteError::Kept { name: name.into(), expected: "f32", got: "i32" });
         }
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        Ok(self.machine.upload(self.leaves[index], &bytes)?)
+        self.set_input(index, &bytes)
     }
 
     /// Fills an input of images `[n, 3, height, width]` with their pixels `[n, height, width, 3]`, normalised on the device: each
@@ -400,9 +469,8 @@ impl Executor {
     /// Begins to run the program. The first run launches kernel by kernel, the second records the whole step, later ones
     /// replay it.
     pub fn start(&mut self, seed: u64) -> Result<(), ExecuteError> {
-        let mut start = [0; 16];
-        start[..8].copy_from_slice(&seed.to_le_bytes());
-        self.machine.upload(self.control, &start)?;
+        self.host[control::SEED..control::SEED + 8].copy_from_slice(&seed.to_le_bytes());
+        self.machine.upload(self.control, &self.host)?;
         self.runs += 1;
         if self.timings.is_some() {
             return self.start_timed();
@@ -439,6 +507,9 @@ impl Executor {
 
     /// Waits for the run.
     pub fn finish(&mut self) -> Result<(), ExecuteError> {
+        let mut results = vec![0; 4 * self.results.len()];
+        self.machine.download(self.control + self.host.len() as u64, &mut results)?;
+        self.results.iter_mut().zip(results.as_chunks().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
         let mut flag = [0; 4];
         self.machine.download(self.control + control::BAD_ID as u64, &mut flag)?;
         if let Some(timings) = &mut self.timings {
@@ -463,7 +534,16 @@ impl Executor {
     }
 
     fn launch_all(&self) -> Result<(), ExecuteError> {
-        (0..self.ready.len()).try_for_each(|number| self.start_work(number))
+        (0..self.ready.len()).try_for_each(|number| self.start_work(number))?;
+        self.collect()
+    }
+
+    /// Brings the scalar results together.
+    fn collect(&self) -> Result<(), ExecuteError> {
+        match &self.collect {
+            Some(collect) => Ok(self.machine.launch(collect.function, &collect.launch, &collect.arguments)?),
+            None => Ok(()),
+        }
     }
 
     fn start_timed(&mut self) -> Result<(), ExecuteError> {
@@ -472,11 +552,14 @@ impl Executor {
             self.start_work(number)?;
             self.machine.note_moment()?;
         }
-        Ok(())
+        self.collect()
     }
 
     /// A result of the last run, contiguous.
     pub fn output(&self, name: &str) -> Result<Option<Vec<f32>>, ExecuteError> {
+        if let Some(&at) = self.scalars.get(name) {
+            return Ok(Some(vec![self.results[at]]));
+        }
         let Some((_, operand)) = self.plan.outputs.iter().find(|(n, _)| n == name) else { return Ok(None) };
         let at = Places::new(&self.plan).of(operand.source).ok_or(ScheduleError::NoPlace(operand.source))?;
         let element = self.plan.storage[operand.source as usize];

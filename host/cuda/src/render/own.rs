@@ -212,6 +212,18 @@ pub fn scatter(ids: &Source, rows: &Source, to: Target, shape: &[usize]) -> Draf
     parameters.draft(THREADS as u32, [given as u32, 1, 1], &text)
 }
 
+/// Writes scalars one after the other.
+pub fn collect(scalars: &[(Address, Element)], to: Address) -> Draft {
+    let mut parameters = Parameters::default();
+    let mut text = String::from("    if (threadIdx.x != 0) return;\n");
+    for (i, &(at, element)) in scalars.iter().enumerate() {
+        parameters.read(&format!("p{i}"), element, at, 1, None);
+        text += &format!("    q[{i}] = widen(p{i}[0]);\n");
+    }
+    parameters.raw("float *q", to, 4 * scalars.len(), Access::Write, 4);
+    parameters.draft(32, [1, 1, 1], &text)
+}
+
 /// Normalises images: pixels `[n, height, width, 3]` become planes `[n, 3, height, width]`, each byte by its channel's table
 /// of 256 values.
 pub fn normalize(pixels: Address, levels: Address, to: Target, shape: [usize; 4]) -> Draft {
