@@ -244,11 +244,13 @@ impl Executor {
         };
         let (arena, scratch) = (take(plan.arena)?, take(schedule.scratch)?);
         // One copy a step takes the seed and all small inputs, another brings all scalar results.
-        let mut host = vec![0; control::BYTES];
+        let mut host = vec![0; control::BYTES.next_multiple_of(256)];
         let mut small = HashMap::new();
         for (index, &id) in plan.leaves.iter().enumerate() {
-            let bytes = plan.nodes[id as usize].elements() * plan.storage[id as usize].bytes();
-            if matches!(plan.nodes[id as usize].op, Op::Input { .. }) && bytes <= SMALL {
+            let node = &plan.nodes[id as usize];
+            let bytes = node.elements() * plan.storage[id as usize].bytes();
+            // Images may come as pixels, beside the other inputs.
+            if matches!(node.op, Op::Input { .. }) && bytes <= SMALL && node.shape.len() < 4 {
                 small.insert(index, host.len()..host.len() + bytes);
                 host.resize((host.len() + bytes).next_multiple_of(256), 0);
             }
