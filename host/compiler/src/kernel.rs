@@ -12,6 +12,9 @@ pub enum Element {
     /// The upper half of an f32, rounded when it is written as its [`Rounding`] says: activations in mixed precision, and
     /// persistent tensors that are [kept in half precision](crate::kept).
     Bf16,
+    /// IEEE 754's 16 bits, rounded to nearest even when it is written: activations in mixed precision with loss scaling.
+    /// From 65520 on, infinite.
+    F16,
 }
 
 impl Element {
@@ -27,7 +30,7 @@ impl Element {
     pub fn bytes(self) -> usize {
         match self {
             Element::F32 | Element::I32 => 4,
-            Element::Bf16 => 2,
+            Element::Bf16 | Element::F16 => 2,
         }
     }
 
@@ -37,6 +40,7 @@ impl Element {
             Element::F32 => "f32",
             Element::I32 => "i32",
             Element::Bf16 => "bf16",
+            Element::F16 => "f16",
         }
     }
 }

@@ -86,9 +86,9 @@ pub fn compile_kept(program: &mut Program, precision: Precision, halves: &Halves
     let kept = Kept::mark(&mut module, halves, precision);
     let fusion = fuse(&module);
     let stored = stored(&module, &fusion);
-    let mut storage = match precision {
-        Precision::F32 => module.nodes.iter().map(|n| Element::of(n.dtype)).collect(),
-        Precision::Bf16 => precision::mixed(&module, &fusion, &stored, &towers),
+    let mut storage = match precision.half() {
+        None => module.nodes.iter().map(|n| Element::of(n.dtype)).collect(),
+        Some(half) => precision::mixed(&module, &fusion, &stored, &towers, half),
     };
     kept.store(&mut storage);
     plan(module, fusion, &kept, &stored, storage)

@@ -1,11 +1,11 @@
-//! Mixed precision: which stored values are kept in bf16.
+//! Mixed precision: which stored values are kept in bf16, or in f16.
 //!
-//! Arithmetic inside fused kernels is always f32, products accumulate in f32; what is rounded to bf16 is what is *written
+//! Arithmetic inside fused kernels is always f32, products accumulate in f32; what is rounded is what is *written
 //! to memory* inside the towers: operands and results of their products and windows, and large activations. A product
-//! with a bf16 operand rounds its other one, a master weight, while it is packed. Parameters, weight gradients,
+//! with a half-precision operand rounds its other one, a master weight, while it is packed. Parameters, weight gradients,
 //! statistics (every reduction), the loss and the optimizer stay f32, but for what is [kept in half precision](crate::kept).
 //!
-//! As `torch.autocast` with bf16, but for two things that are more exact here: values that never leave a fused kernel
+//! As `torch.autocast`, but for two things that are more exact here: values that never leave a fused kernel
 //! are not rounded, and weight gradients are not either.
 
 use crate::fuse::Fusion;
@@ -20,6 +20,19 @@ pub enum Precision {
     F32,
     /// bf16 activations and product operands, f32 for everything else.
     Bf16,
+    /// The same with f16, whose range is small: the loss must be scaled before it is differentiated.
+    Fp16,
+}
+
+impl Precision {
+    /// What activations and product operands are kept in, where that is not f32.
+    pub fn half(self) -> Option<Element> {
+        match self {
+            Precision::F32 => None,
+            Precision::Bf16 => Some(Element::Bf16),
+            Precision::Fp16 => Some(Element::F16),
+        }
+    }
 }
 
 /// Outputs of this name mark where the towers end; [`crate::plan::compile_with`] takes them off the program. What they
@@ -37,7 +50,7 @@ pub(crate) fn take_boundaries(module: &mut Module) -> Vec<NodeId> {
     marks.into_iter().map(|o| o.1).collect()
 }
 
-/// Ops that read and write bf16: products and windows.
+/// Ops that read and write half precision: products and windows.
 pub(crate) fn is_product(op: &Op) -> bool {
     matches!(op, Op::Matmul | Op::Conv2d(_) | Op::Conv2dInputGrad(_) | Op::Conv2dWeightGrad(_)) || is_window(op)
 }
@@ -46,8 +59,14 @@ fn is_window(op: &Op) -> bool {
     matches!(op, Op::MaxPool2d(_) | Op::MaxPool2dGrad(_) | Op::AvgPool2d(_) | Op::AvgPool2dGrad(_))
 }
 
-/// How each node's value is kept. `boundaries` are the towers' last values.
-pub(crate) fn mixed(module: &Module, fusion: &Fusion, stored: &[bool], boundaries: &[NodeId]) -> Vec<Element> {
+/// How each node's value is kept, with `half` for what is rounded. `boundaries` are the towers' last values.
+pub(crate) fn mixed(
+    module: &Module,
+    fusion: &Fusion,
+    stored: &[bool],
+    boundaries: &[NodeId],
+    half: Element,
+) -> Vec<Element> {
     let nodes = &module.nodes;
     let count = nodes.len();
     let root = |id: NodeId| fusion.views.of(id).root as usize;
@@ -109,7 +128,7 @@ pub(crate) fn mixed(module: &Module, fusion: &Fusion, stored: &[bool], boundarie
             _ => false,
         };
         if demoted {
-            storage[id] = Element::Bf16;
+            storage[id] = half;
         }
     }
     // What products read, whatever its size; an input that only products read is rounded when it is filled.
@@ -130,7 +149,7 @@ pub(crate) fn mixed(module: &Module, fusion: &Fusion, stored: &[bool], boundarie
                 Class::Reduce => false,
             };
             if rounds && node.dtype == DType::F32 {
-                storage[source] = Element::Bf16;
+                storage[source] = half;
             }
         }
     }

@@ -2,11 +2,12 @@
 
 use crate::fused::Program;
 use crate::memory::{Address, Buffer, Memory};
+use crate::wide::{self, Copy, Wide};
 use clip_host_compiler::kernel::{Element, Kernel, Operand};
 use clip_host_compiler::plan::Plan;
 use clip_host_cpu_kernels as kernels;
 use clip_host_cpu_kernels::elements::{narrowed, widened};
-use clip_host_cpu_kernels::{ConvShape, Elements, ElementsMut, Gemm, Pool2dShape, ThreadPool};
+use clip_host_cpu_kernels::{ConvShape, Elements, ElementsMut, Gemm, Pool2dShape, ThreadPool, f16};
 use clip_host_plugin_api::ir::{Conv, DType, Layout, NodeId, Op, Pool};
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -89,6 +90,7 @@ impl Store {
         let tensor = self.tensor(name).filter(|t| range.end <= t.elements)?;
         Some(match tensor.element {
             Element::Bf16 => tensor.buffer.as_bf16()[range].iter().map(|&v| widened(v)).collect(),
+            Element::F16 => tensor.buffer.as_f16()[range].iter().map(|v| v.to_f32()).collect(),
             _ => Cow::Borrowed(&tensor.buffer.as_slice()[range]),
         })
     }
@@ -105,6 +107,9 @@ impl Store {
             Element::Bf16 => {
                 let to = &mut tensor.buffer.as_mut_bf16()[start..];
                 to.iter_mut().zip(values).for_each(|(to, &value)| *to = narrowed(value));
+            }
+            Element::F16 => {
+                round_to_f16(&mut tensor.buffer.as_mut_f16()[start..start + values.len()], values);
             }
             _ => tensor.buffer.as_mut_slice()[start..start + values.len()].copy_from_slice(values),
         }
@@ -162,6 +167,7 @@ pub struct Executor {
     inputs: HashMap<String, usize>,
     launches: Vec<Launch>,
     blocks: Vec<usize>,
+    wide: Wide,
     /// Which of `phases` each launch counts in: see [`Executor::set_phases`].
     phase_of: Vec<usize>,
     /// Seconds of the last run, by phase.
@@ -255,6 +261,7 @@ impl Executor {
             inputs,
             launches,
             blocks,
+            wide: Wide::default(),
             phase_of: vec![0; count],
             phases: [0.0; 3],
             timings: None,
@@ -316,6 +323,7 @@ impl Executor {
                 let out = &mut buffer.as_mut_bf16()[..elements];
                 out.iter_mut().zip(values).for_each(|(out, &value)| *out = narrowed(value));
             }
+            Element::F16 => round_to_f16(&mut buffer.as_mut_f16()[..elements], values),
             _ => buffer.as_mut_slice().copy_from_slice(values),
         }
         Ok(())
@@ -356,7 +364,7 @@ impl Executor {
         self.spans.clear();
         for (index, launch) in self.launches.iter_mut().enumerate() {
             // SAFETY: the addresses come from the plan that the blocks were made for, and no two kernels run at once.
-            unsafe { run_launch(launch, &self.pool, memory, seed)? };
+            unsafe { run_launch(launch, &self.pool, memory, seed, &mut self.wide)? };
             let ended = Instant::now();
             let seconds = (ended - began).as_secs_f64();
             self.phases[self.phase_of[index]] += seconds;
@@ -386,6 +394,7 @@ impl Executor {
         let range = start..start + elements(operand);
         Some(match element {
             Element::Bf16 => block.as_bf16().get(range)?.iter().map(|&v| widened(v)).collect(),
+            Element::F16 => block.as_f16().get(range)?.iter().map(|v| v.to_f32()).collect(),
             _ => block.as_slice().get(range)?.to_vec(),
         })
     }
@@ -461,7 +470,13 @@ fn pool_shape(pool: &Pool, x: &[usize], y: &[usize]) -> Pool2dShape {
 ///
 /// # Safety
 /// `memory` must hold the blocks of the plan that the launch was prepared from, used by nobody else meanwhile.
-unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, seed: u64) -> Result<(), ExecuteError> {
+unsafe fn run_launch(
+    launch: &mut Launch,
+    pool: &ThreadPool,
+    memory: Memory,
+    seed: u64,
+    wide: &mut Wide,
+) -> Result<(), ExecuteError> {
     // SAFETY: the caller's promise; a kernel's output never overlaps its inputs, except where they are the same.
     unsafe {
         match launch {
@@ -469,16 +484,24 @@ unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, see
             Launch::Copy { output, input } => {
                 let view = &input.view;
                 let strides: Vec<usize> = view.dims.iter().map(|d| d.1).collect();
-                let (from, to) = (input.elements(memory), output.elements(memory, elements(view)));
+                let operands = std::slice::from_ref(&*input);
+                wide.copy(operands.iter().map(|i| i.copy(false)), memory);
+                let Wide { inputs: copies, output: copy } = wide;
+                let from = read(operands, copies, 0, memory);
+                let to = output.elements(copy, memory, elements(view));
                 kernels::copy_strided(pool, &sizes(view), &strides, from, to);
+                output.finish(copy, memory);
             }
             Launch::Own { op, output, inputs, shape, in_place, moments } => {
                 let (op, shape) = (&*op, &*shape);
                 let out_len: usize = shape.iter().product();
                 let view = |i: usize| &inputs[i].view;
-                let input = |i: usize| inputs[i].elements(memory);
+                let rounds = is_product(op) && inputs.iter().any(|i| i.element == Element::F16);
+                wide.copy(inputs.iter().map(|i| i.copy(rounds)), memory);
+                let Wide { inputs: copies, output: copy } = wide;
+                let input = |i: usize| read(inputs, copies, i, memory);
                 let ids = |i: usize| memory.slice::<i32>(inputs[i].address, extent(view(i)));
-                let out = output.elements(memory, out_len);
+                let out = output.elements(copy, memory, out_len);
                 match op {
                     Op::Matmul => matmul(pool, view(0), view(1), input(0), input(1), out),
                     Op::Conv2d(conv) => {
@@ -551,14 +574,46 @@ unsafe fn run_launch(launch: &mut Launch, pool: &ThreadPool, memory: Memory, see
                     }
                     other => return Err(unsupported(other, inputs[0].element)),
                 }
+                output.finish(copy, memory);
             }
         }
     }
     Ok(())
 }
 
+/// Ops whose operands are all rounded if one is in half precision.
+fn is_product(op: &Op) -> bool {
+    matches!(op, Op::Matmul | Op::Conv2d(_) | Op::Conv2dInputGrad(_) | Op::Conv2dWeightGrad(_))
+}
+
+/// An operand's memory as far as it is read, or its copy.
+///
+/// # Safety
+/// As [`Memory::slice`].
+unsafe fn read<'m>(operands: &[Source], copies: &'m [Vec<f32>], number: usize, memory: Memory<'m>) -> Elements<'m> {
+    match copies[number].is_empty() {
+        // SAFETY: the caller's promise.
+        true => unsafe { operands[number].elements(memory) },
+        false => Elements::F32(&copies[number]),
+    }
+}
+
+fn round_to_f16(out: &mut [f16], values: &[f32]) {
+    out.iter_mut().zip(values).for_each(|(out, &value)| *out = f16::from_f32(value));
+}
+
 impl Source {
-    /// The operand's memory, as far as it is read.
+    /// How the operand is copied before it is read, where it is and how long; with `rounds`, f32 is rounded to f16.
+    fn copy(&self, rounds: bool) -> (Copy, Address, usize) {
+        let copy = match self.element {
+            Element::F16 => Copy::Widened,
+            Element::F32 if rounds => Copy::Rounded,
+            _ => Copy::None,
+        };
+        (copy, self.address, extent(&self.view))
+    }
+
+    /// The operand's memory, as far as it is read; f16 is read from its copy.
     ///
     /// # Safety
     /// As [`Memory::slice`].
@@ -580,24 +635,42 @@ impl Source {
     unsafe fn single<'m>(&self, op: &Op, memory: Memory<'m>) -> Result<&'m [f32], ExecuteError> {
         // SAFETY: the caller's promise.
         match unsafe { self.elements(memory) } {
-            Elements::F32(values) => Ok(values),
-            Elements::Bf16(_) => Err(unsupported(op, Element::Bf16)),
+            Elements::F32(values) if self.element != Element::F16 => Ok(values),
+            _ => Err(unsupported(op, self.element)),
         }
     }
 }
 
 impl Target {
-    /// The result's memory.
+    /// The result's memory, for f16 a copy of it.
     ///
     /// # Safety
     /// As [`Memory::slice_mut`].
-    unsafe fn elements<'m>(&self, memory: Memory<'m>, len: usize) -> ElementsMut<'m> {
+    unsafe fn elements<'m>(&self, copy: &'m mut Vec<f32>, memory: Memory<'m>, len: usize) -> ElementsMut<'m> {
         // SAFETY: the caller's promise.
         unsafe {
             match self.element {
+                Element::F16 => {
+                    copy.clear();
+                    copy.resize(len, 0.0);
+                    ElementsMut::F32(copy)
+                }
                 Element::Bf16 => ElementsMut::Bf16(memory.slice_mut(self.address, len)),
                 _ => ElementsMut::F32(memory.slice_mut(self.address, len)),
             }
+        }
+    }
+}
+
+impl Target {
+    /// Writes the copy back, if there is one.
+    ///
+    /// # Safety
+    /// As [`Memory::slice_mut`].
+    unsafe fn finish(&self, copy: &[f32], memory: Memory) {
+        if self.element == Element::F16 {
+            // SAFETY: the caller's promise; the copy has the result's length.
+            unsafe { wide::narrow(copy, self.address, memory) };
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod peak;
 mod streams;
 mod tape;
 mod walk;
+mod wide;
 
 pub use clip_host_cpu_kernels::ThreadPool;
 pub use executor::{ExecuteError, Executor, Store};

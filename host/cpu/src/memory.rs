@@ -2,7 +2,7 @@
 
 use clip_host_compiler::kernel::Element;
 use clip_host_compiler::plan::{Place, Plan, Region};
-use clip_host_cpu_kernels::bf16;
+use clip_host_cpu_kernels::{bf16, f16};
 use clip_host_plugin_api::ir::NodeId;
 use memmap2::MmapMut;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 /// model for the first time is many times faster, and its kernels miss the address cache less.
 const MAPPED: usize = 1 << 20;
 
-/// 4-byte elements at a cache line's start, zero at first. Holds f32, or i32 or pairs of bf16 by their bits.
+/// 4-byte elements at a cache line's start, zero at first. Holds f32, or i32 or pairs of bf16 or f16 by their bits.
 pub struct Buffer {
     start: NonNull<f32>,
     len: usize,
@@ -80,6 +80,18 @@ impl Buffer {
 
     /// Two for each of the buffer's elements.
     pub fn as_bf16(&self) -> &[bf16] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.len * 2) }
+    }
+
+    /// Two for each of the buffer's elements.
+    pub fn as_mut_f16(&mut self) -> &mut [f16] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len * 2) }
+    }
+
+    /// Two for each of the buffer's elements.
+    pub fn as_f16(&self) -> &[f16] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.len * 2) }
     }

@@ -2,8 +2,8 @@
 
 use crate::math;
 use clip_host_compiler::kernel::stochastic_bf16;
-use clip_host_cpu_kernels::bf16;
 use clip_host_cpu_kernels::elements::{narrowed, widened};
+use clip_host_cpu_kernels::{bf16, f16};
 use clip_host_plugin_api::interpret::{mix, word};
 use clip_host_plugin_api::ir::{Binary, Compare, Unary};
 
@@ -145,6 +145,20 @@ pub unsafe fn narrow_at_random(a: Arg, (seed, stream, first): (u64, u32, u64), o
         match a {
             Arg::Vector(a) => (0..n).for_each(|i| *out.add(i) = round(*a.add(i), i)),
             Arg::Value(a) => (0..n).for_each(|i| *out.add(i) = round(a, i)),
+        }
+    }
+}
+
+/// Writes f16.
+///
+/// # Safety
+/// As [`map1`].
+pub unsafe fn narrow_f16(a: Arg, out: *mut f16, n: usize) {
+    // SAFETY: i < n in each loop.
+    unsafe {
+        match a {
+            Arg::Vector(a) => (0..n).for_each(|i| *out.add(i) = f16::from_f32(*a.add(i))),
+            Arg::Value(a) => (0..n).for_each(|i| *out.add(i) = f16::from_f32(a)),
         }
     }
 }

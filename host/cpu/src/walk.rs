@@ -2,8 +2,8 @@
 
 use crate::memory::{Address, Memory};
 use clip_host_compiler::kernel::Element;
-use clip_host_cpu_kernels::bf16;
 use clip_host_cpu_kernels::elements::widened;
+use clip_host_cpu_kernels::{bf16, f16};
 use std::ops::Range;
 
 /// How an operand moves from row to row.
@@ -58,6 +58,7 @@ pub unsafe fn read(memory: Memory, address: Address, element: Element, offset: u
             Element::F32 => *memory.at::<f32>(address).add(offset),
             Element::I32 => *memory.at::<i32>(address).add(offset) as f32,
             Element::Bf16 => widened(*memory.at::<bf16>(address).add(offset)),
+            Element::F16 => (*memory.at::<f16>(address).add(offset)).to_f32(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Persistent tensors in half precision: rounded at random when they are written, read as they are.
+//! Persistent tensors in half precision: rounded at random when they are written, read as they are. And the range of f16.
 
 mod support;
 
@@ -187,4 +187,23 @@ fn weights_are_read_as_they_are() {
     let scale = expected["embeddings"].iter().fold(0.0f64, |most, v| most.max(v.abs()));
     let close = |(e, g): (&f64, &f32)| (e - f64::from(*g)).abs() <= 1e-2 * scale;
     assert!(expected["embeddings"].iter().zip(&one["embeddings"]).all(close));
+}
+
+/// Beyond 65504 f16 is infinite, and what is smaller than half of 2⁻²⁴ is 0: the reason for a scaled loss.
+#[test]
+fn f16_overflows() {
+    let mut case = Case::new(7, |g, _| {
+        let (x, y) = (g.input("x", &[8, 64], DType::F32), g.input("y", &[64, 8], DType::F32));
+        let product = x.matmul(y);
+        g.output("embeddings", product.matmul(g.input("z", &[8, 8], DType::F32)));
+    })
+    .forward_only()
+    .fp16(&["embeddings"]);
+    for (x, expected) in [(1025.0, f64::INFINITY), (1023.0, 1023.0 * 64.0 * 8.0), (1e-9, 0.0)] {
+        case.values.insert("x".into(), vec![x; 8 * 64]);
+        case.values.insert("y".into(), vec![1.0; 64 * 8]);
+        case.values.insert("z".into(), vec![1.0; 64]);
+        let got = case.run(&pool(1, Isa::detect()));
+        assert!(got["embeddings"].iter().all(|&v| f64::from(v) == expected), "{x}: {:?}", got["embeddings"]);
+    }
 }

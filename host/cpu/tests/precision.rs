@@ -97,6 +97,21 @@ fn text_towers_stay_near_the_reference() {
     case.tolerance(6e-2).check();
 }
 
+/// f16 has three more bits than bf16. What is left of the bound is for values that fall on the other side of a ReLU.
+#[test]
+fn towers_in_f16_stay_nearer() {
+    let image = Case::new(3, |g, _| image_tower(g)).fp16(&["embeddings"]);
+    let text = Case::new(5, |g, _| text_tower(g)).fp16(&["embeddings"]);
+    for case in [image, text] {
+        let plan = case.plan();
+        let products = kept(&plan, |op| matches!(op, Op::Conv2d(_) | Op::Matmul | Op::MaxPool2d(_)));
+        assert!(products.iter().filter(|&&e| e == Element::F16).count() >= 8, "{products:?}");
+        assert!(!plan.storage.contains(&Element::Bf16));
+        assert!(kept(&plan, |op| matches!(op, Op::Conv2dWeightGrad(_))).iter().all(|&e| e == Element::F32));
+        case.tolerance(2e-2).check();
+    }
+}
+
 /// What a product keeps in bf16 is what f32 would keep, rounded; nothing else is rounded.
 #[test]
 fn the_loss_stays_in_f32() {

@@ -8,6 +8,7 @@ use crate::verify::{self, VerifyError};
 use clip_host_compiler::kernel::{Element, Operand};
 use clip_host_compiler::plan::Plan;
 use clip_host_plugin_api::ir::{DType, Op};
+use half::f16;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -145,6 +146,7 @@ fn encoded(values: &[f32], element: Element) -> Vec<u8> {
         Element::F32 => pieces(values, f32::to_le_bytes),
         Element::I32 => pieces(values, |v| (v as i32).to_le_bytes()),
         Element::Bf16 => pieces(values, |v| bf16_bits(v).to_le_bytes()),
+        Element::F16 => pieces(values, |v| f16::from_f32(v).to_le_bytes()),
     }
 }
 
@@ -173,6 +175,7 @@ fn download(
             let halves = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
             halves.map(|h| f32::from_bits(u32::from(h) << 16)).collect()
         }
+        Element::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
     })
 }
 

@@ -69,8 +69,15 @@ fn library_element(element: Element) -> Option<LibraryElement> {
     match element {
         Element::F32 => Some(LibraryElement::F32),
         Element::Bf16 => Some(LibraryElement::Bf16),
+        Element::F16 => Some(LibraryElement::F16),
         Element::I32 => None,
     }
+}
+
+/// What a product's operands are given as. As on the CPU: one with a rounded operand rounds the other one.
+fn common(operands: [Element; 2]) -> Element {
+    let halves = [Element::F16, Element::Bf16];
+    halves.into_iter().find(|half| operands.contains(half)).unwrap_or(Element::F32)
 }
 
 /// The widest access that all addresses allow, up to 256 bytes.
@@ -159,11 +166,7 @@ pub fn matmul(libraries: &dyn Libraries, a: &Source, b: &Source, to: Target) -> 
     let rank = a.view.dims.len();
     let (m, k, n) = (a.view.dims[rank - 2].0, a.view.dims[rank - 1].0, b.view.dims[rank - 1].0);
     let batch: usize = a.view.dims[..rank - 2].iter().map(|d| d.0).product();
-    // As on the CPU: a product with a rounded operand rounds the other one.
-    let element = match (a.element, b.element) {
-        (Element::F32, Element::F32) => Element::F32,
-        _ => Element::Bf16,
-    };
+    let element = common([a.element, b.element]);
     let mut scratch = Scratch::default();
     let (left, right) = (prepare(a, element, &mut scratch), prepare(b, element, &mut scratch));
     let matrix = |form: Form| {
@@ -292,10 +295,7 @@ pub fn convolution(
     if let Some(items) = of_points(libraries, sizes, direction, inputs, to) {
         return Some(items);
     }
-    let element = match (inputs[0].element, inputs[1].element) {
-        (Element::F32, Element::F32) => Element::F32,
-        _ => Element::Bf16,
-    };
+    let element = common([inputs[0].element, inputs[1].element]);
     let (x, w, y) = (sizes.x, sizes.w, sizes.y);
     let conv = dnn::Conv {
         batch: x[0],

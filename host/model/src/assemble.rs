@@ -1,5 +1,6 @@
 //! From plugins to compiled programs: the training step, and one evaluation program for each tower.
 
+use crate::grad_scaler::SCALE;
 use crate::groups::{
     Group, Groups, ScalarSet, active_input, check_elementwise, check_patterns, group_of, group_params, scalar_input,
 };
@@ -7,7 +8,7 @@ use crate::{ModelError, ModelSpec, Part};
 use clip_host_compiler::kept;
 use clip_host_compiler::layout::ChannelsLast;
 use clip_host_compiler::plan::{Plan, compile_kept};
-use clip_host_compiler::precision::BOUNDARY;
+use clip_host_compiler::precision::{BOUNDARY, Precision};
 use clip_host_graph::autograd::Autograd;
 use clip_host_graph::program::{Program, Spliced};
 use clip_host_graph::rewrite::rewrite;
@@ -194,6 +195,14 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
         metrics.push(name.clone());
     }
 
+    let is_scaled = spec.precision == Precision::Fp16;
+    if is_scaled {
+        let loss = program.outputs[0].1;
+        let scale = spec.grad_scaler.leaf(&mut program, loss);
+        program.outputs.push((SCALE.into(), scale));
+    }
+    let output_of = |program: &Program, name: &str| program.outputs.iter().find(|o| o.0 == name).map(|o| o.1);
+
     let mut spliced: Vec<_> = [image.params, text.params, loss.params].into_iter().flatten().collect();
     let name = |leaf| param_slot(&program, leaf).map_or(String::new(), |slot| slot.name);
     check_patterns(spec, &spliced.iter().map(|p| name(p.leaf)).collect::<Vec<_>>())?;
@@ -220,7 +229,8 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
     // Leaves are kept through differentiation by the same trick.
     let projected: Vec<bool> = leaves.iter().zip(&values).map(|(l, v)| l != v).collect();
     program.outputs.extend(leaves.iter().map(|&l| ("leaf".to_string(), l)));
-    let autograd = Autograd::new(vec![(program.outputs[0].1, None)], values[..trained].to_vec());
+    let seed = output_of(&program, SCALE);
+    let autograd = Autograd::new(vec![(program.outputs[0].1, seed)], values[..trained].to_vec());
     program.run("autograd", &autograd)?;
     let gradients = match autograd.take() {
         Some(result) => result?,
@@ -235,7 +245,8 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
         // A gradient that moves nothing has no part in the common norm either.
         *grad = gate(&mut program, group.set, *grad, None)?;
     }
-    let grads = clip_gradients(&mut program, spec, grads)?;
+    let scale = output_of(&program, SCALE);
+    let grads = clip_gradients(&mut program, spec, grads, scale)?;
     let mut statistics = BTreeSet::new();
     for (group, &grad) in groups.iter().zip(&grads) {
         let param = match group.flat {
@@ -253,6 +264,9 @@ pub fn training(spec: &ModelSpec) -> Result<Training, ModelError> {
         true => kept::halves(half_params(&params).chain(statistics)),
         false => kept::halves(half_params(&params)),
     };
+    if let (Some(scale), Some(finite)) = (scale, output_of(&program, "finite")) {
+        spec.grad_scaler.guard(&mut program, scale, finite)?;
+    }
     program.run("flatten parameters", FlattenParams { params: &params })?;
     let plan = compile_kept(&mut program, spec.precision, &halves)?;
     let states = state_slots(&plan, &groups);
@@ -318,13 +332,14 @@ fn join_gradients(
         .collect()
 }
 
-/// Limits every element of the gradients to ±`clip_grad_value` (as `torch.nn.utils.clip_grad_value_`), then scales all so
+/// Divides the gradients by the loss's scale if there is one, limits every element of them to ±`clip_grad_value` (as `torch.nn.utils.clip_grad_value_`), then scales all so
 /// that their common L2 norm is at most `clip_grad_norm` (as `torch.nn.utils.clip_grad_norm_`), and adds the outputs
 /// `grad_norm` and `finite` (NaN if some gradient is not finite).
 fn clip_gradients(
     program: &mut Program,
     spec: &ModelSpec,
     grads: Vec<NodeIndex>,
+    scale: Option<NodeIndex>,
 ) -> Result<Vec<NodeIndex>, ModelError> {
     let graph = Graph::new();
     let mut bindings = HashMap::new();
@@ -338,6 +353,12 @@ fn clip_gradients(
     let zero = graph.scalar(0.0);
     let finite = inputs.iter().fold(zero, |sum, g| sum + (*g * 0.0).sum_all());
     graph.output("finite", finite);
+    if let Some(scale) = scale {
+        let shape = clip_host_graph::rewrite::operator(&program.graph, scale).map_or(vec![], |o| o.shape.clone());
+        let inverse = (1.0 / graph.input("scale", &shape, DType::F32)).reshape(&[]);
+        bindings.insert("scale".to_string(), scale);
+        inputs.iter_mut().for_each(|grad| *grad = *grad * inverse);
+    }
     if let Some(limit) = spec.clip_grad_value {
         inputs.iter_mut().for_each(|grad| *grad = grad.clamp(-limit, limit));
     }
@@ -347,7 +368,7 @@ fn clip_gradients(
         graph.output("grad_norm", norm);
         inputs.iter_mut().for_each(|grad| *grad = *grad * scale);
     }
-    if spec.clip_grad_value.is_some() || spec.clip_grad_norm.is_some() {
+    if scale.is_some() || spec.clip_grad_value.is_some() || spec.clip_grad_norm.is_some() {
         for (index, grad) in inputs.iter().enumerate() {
             graph.output(&format!("clipped.{index}"), *grad);
         }

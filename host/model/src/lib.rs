@@ -2,6 +2,7 @@
 
 mod assemble;
 mod device;
+mod grad_scaler;
 mod groups;
 mod init;
 mod inspect;
@@ -13,6 +14,7 @@ pub mod stock;
 pub use assemble::param_names;
 pub use clip_host_compiler::precision::Precision;
 pub use device::{Device, Engine};
+pub use grad_scaler::GradScaler;
 pub use groups::ParamGroup;
 pub use inspect::{Buffer, KernelInfo, LeafInfo, MemoryMap, Owner, Phase, Stay, StepPlan, part};
 pub use session::{Ahead, EVAL_BATCH, Session, cuda_schedule};
@@ -43,6 +45,8 @@ pub struct ModelSpec {
     pub text_length: usize,
     /// What activations and product operands are kept in.
     pub precision: Precision,
+    /// How the loss is scaled with [`Precision::Fp16`].
+    pub grad_scaler: GradScaler,
     /// Which persistent tensors are kept in half precision.
     pub halves: Halves,
     /// Length of per-sample tables.
@@ -106,7 +110,7 @@ pub struct StepInput<'a> {
 /// What a step computed.
 pub struct StepOutput {
     pub loss: f32,
-    /// The loss plugin's metrics and `grad_norm` if clipping is on.
+    /// The loss plugin's metrics, `grad_norm` if clipping is on, `loss_scale` with [`Precision::Fp16`].
     pub metrics: Vec<(String, f32)>,
 }
 

@@ -2,10 +2,11 @@
 
 use crate::assemble::{ParamSlot, StateSlot, Tower, Training, evaluation, training};
 use crate::device::{Device, Engine, Runner, Tensors};
+use crate::grad_scaler::{SCALE, SKIPPED};
 use crate::groups::{ScalarSet, active_input, scalar_input};
 use crate::{
-    Images, KernelInfo, ModelError, ModelSpec, NamedTensor, Phases, Role, Stats, StepInput, StepOutput, TensorInfo,
-    init, inspect,
+    Images, KernelInfo, ModelError, ModelSpec, NamedTensor, Phases, Precision, Role, Stats, StepInput, StepOutput,
+    TensorInfo, init, inspect,
 };
 use clip_host_compiler::kernel::{Element, Kernel};
 use clip_host_compiler::plan::{Plan, Region};
@@ -94,7 +95,8 @@ impl Session {
     }
 
     /// Forward, backward and update. With a loss or gradient that is not finite, an error that names the step; the
-    /// caller then must not use the session's tensors.
+    /// caller then must not use the session's tensors. With [`Precision::Fp16`] a gradient that is not finite is none: the
+    /// step changes nothing but the loss's scale.
     pub fn train_step(&mut self, input: &StepInput) -> Result<StepOutput, ModelError> {
         self.train_step_while(input, |_| ())
     }
@@ -117,12 +119,16 @@ impl Session {
         step.set_i32("text_ids", input.text_ids)?;
         step.set_f32("epoch", &[input.epoch as f32])?;
         step.set_f32("step", &[input.step as f32])?;
+        let skipped = match self.spec.precision {
+            Precision::Fp16 => self.store.read(SKIPPED, 0, 1)?.and_then(|count| count.first().copied()).unwrap_or(0.0),
+            _ => 0.0,
+        };
         for (number, set) in self.sets.iter().enumerate() {
             let active = input.epoch >= set.from_epoch;
             let before = set.from_epoch.saturating_mul(input.steps_per_epoch);
             let request = ScalarsRequest {
                 config: self.spec.optimizer.config.clone(),
-                step: (input.step + 1).saturating_sub(before).max(1),
+                step: (input.step + 1).saturating_sub(before).saturating_sub(skipped as u64).max(1),
                 lr: input.lr * set.lr_scale,
             };
             for (name, value) in self.spec.optimizer.plugin.scalars(&request)?.scalars {
@@ -140,7 +146,9 @@ impl Session {
         if !loss.is_finite() {
             return Err(ModelError::NotFinite { step: input.step, what: "the loss" });
         }
-        if !scalar("finite")?.unwrap_or(f32::NAN).is_finite() {
+        // With a scaled loss such a step has changed nothing but the scale.
+        let is_scaled = self.spec.precision == Precision::Fp16;
+        if !is_scaled && !scalar("finite")?.unwrap_or(f32::NAN).is_finite() {
             return Err(ModelError::NotFinite { step: input.step, what: "a gradient" });
         }
         let mut metrics = Vec::new();
@@ -148,6 +156,7 @@ impl Session {
             metrics.extend(scalar(&format!("metric.{name}"))?.map(|value| (name.clone(), value)));
         }
         metrics.extend(scalar("grad_norm")?.map(|norm| ("grad_norm".to_string(), norm)));
+        metrics.extend(scalar(SCALE)?.map(|scale| (SCALE.to_string(), scale)));
         Ok(StepOutput { loss, metrics })
     }
 

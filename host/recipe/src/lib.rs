@@ -40,6 +40,6 @@ pub use error::{RecipeError, RecipeErrors, name_hint, nearest};
 pub use grid::{Axis, Cell, Grid};
 pub use optimizer::{Optimizer, ParamGroup, matches_pattern};
 pub use recipe::{Part, Recipe};
-pub use sections::{Backend, Dtype, Eval, Model, PluginChoice, Plugins, Precision, Train};
+pub use sections::{Backend, Dtype, Eval, GradScaler, Model, PluginChoice, Plugins, Precision, Train};
 pub use span::{KeyPath, Location, Segment, Source, Span};
 pub use value::{Field, Kind, Value};

@@ -109,6 +109,33 @@ pub struct Train {
     /// Compute threads; 0 takes all cores. The results are the same bits for any number.
     #[serde(default, deserialize_with = "range::within::<_, 0, 1024>")]
     pub threads: usize,
+    /// How the loss is scaled with `precision: Fp16`; only there.
+    #[serde(default)]
+    pub grad_scaler: Option<GradScaler>,
+}
+
+/// Scaling of the loss before it is differentiated, with the names and defaults of `torch.amp.GradScaler`.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GradScaler {
+    /// The first scale.
+    #[serde(deserialize_with = "range::positive")]
+    pub init_scale: f64,
+    /// What it is multiplied by after `growth_interval` steps with finite gradients.
+    #[serde(deserialize_with = "range::positive")]
+    pub growth_factor: f64,
+    /// What it is multiplied by after a step that was skipped for a gradient that is not finite.
+    #[serde(deserialize_with = "range::positive")]
+    pub backoff_factor: f64,
+    /// In steps.
+    #[serde(deserialize_with = "range::at_least::<_, _, 1>")]
+    pub growth_interval: u64,
+}
+
+impl Default for GradScaler {
+    fn default() -> Self {
+        GradScaler { init_scale: 65536.0, growth_factor: 2.0, backoff_factor: 0.5, growth_interval: 2000 }
+    }
 }
 
 fn one() -> u64 {
@@ -145,7 +172,7 @@ pub enum Backend {
     },
 }
 
-/// Arithmetic of the forward and backward pass. Weights and the optimizer are f32 in both, unless their own settings say
+/// Arithmetic of the forward and backward pass. Weights and the optimizer are f32 in all, unless their own settings say
 /// otherwise: [`Encoder::weights_dtype`], [`Optimizer::state_dtype`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Precision {
@@ -154,12 +181,14 @@ pub enum Precision {
     F32,
     /// Activations and matrix products in bfloat16, sums in f32.
     Bf16,
+    /// The same in IEEE's 16 bits, with a loss that is scaled: see [`GradScaler`].
+    Fp16,
 }
 
 impl<'de> Deserialize<'de> for Precision {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let values = [Precision::F32, Precision::Bf16];
-        deserializer.deserialize_identifier(Name { names: &["F32", "Bf16"], values })
+        let values = [Precision::F32, Precision::Bf16, Precision::Fp16];
+        deserializer.deserialize_identifier(Name { names: &["F32", "Bf16", "Fp16"], values })
     }
 }
 
@@ -275,6 +304,18 @@ impl Train {
             ("checkpoint_every", Value::int(self.checkpoint_every)),
             ("checkpoint_every_steps", Value::optional(self.checkpoint_every_steps.map(Value::int))),
             ("threads", Value::int(self.threads as u64)),
+            ("grad_scaler", Value::optional(self.grad_scaler.map(GradScaler::to_value))),
+        ])
+    }
+}
+
+impl GradScaler {
+    fn to_value(self) -> Value {
+        Value::section([
+            ("init_scale", Value::float(self.init_scale)),
+            ("growth_factor", Value::float(self.growth_factor)),
+            ("backoff_factor", Value::float(self.backoff_factor)),
+            ("growth_interval", Value::int(self.growth_interval)),
         ])
     }
 }
@@ -308,6 +349,7 @@ impl Precision {
         let name = match self {
             Precision::F32 => "F32",
             Precision::Bf16 => "Bf16",
+            Precision::Fp16 => "Fp16",
         };
         Kind::Name(name.to_string()).into()
     }

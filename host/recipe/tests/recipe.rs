@@ -103,6 +103,7 @@ fn the_resolved_recipe_loads_back() {
         "optimizer.clip_grad_norm=1",
         "optimizer.clip_grad_value=0.5",
         "optimizer.state_dtype=Bf16",
+        "train.grad_scaler=(init_scale: 1024, growth_interval: 10)",
         "model.text_encoder.weights_dtype=bf16",
         "optimizer.groups=[(params: [\"text.*\"], lr: 1e-5), (params: [\"a\", \"b\"], weight_decay: 0.0, freeze_epochs: 2), (params: [\"c\"], freeze: true)]",
         "plugins.path=[\"extra\"]",
@@ -253,8 +254,10 @@ fn a_number_out_of_range() {
 fn an_unknown_name() {
     let (_, _, text) = only(GOOD, &["backend=Gpu"]);
     holds(&text, &["backend: unknown name `Gpu`", "Auto, Cpu, Cuda"]);
-    let (_, _, text) = only(GOOD, &["precision=f16"]);
-    holds(&text, &["unknown name `f16`", "did you mean `Bf16`? Valid names: Bf16, F32"]);
+    let (_, _, text) = only(GOOD, &["precision=f61"]);
+    holds(&text, &["unknown name `f61`", "Valid names: Bf16, F32, Fp16"]);
+    let (_, _, text) = only(GOOD, &["train.grad_scaler=(growth: 3)"]);
+    holds(&text, &["train.grad_scaler.growth: unknown key `growth`", "growth_factor"]);
     let (_, _, text) = only(GOOD, &["optimizer.state_dtype=F8"]);
     holds(&text, &["optimizer.state_dtype: unknown name `F8`", "Bf16, F32"]);
     let (_, _, text) = only(GOOD, &["backend=Cuda(devise: 1)"]);

@@ -3,7 +3,7 @@
 use crate::error::TrainError;
 use crate::run_folder::PluginRecord;
 use clip_host_data::DataConfig;
-use clip_host_model::{Device, Halves, ModelError, ModelSpec, ParamGroup, Part};
+use clip_host_model::{Device, GradScaler, Halves, ModelError, ModelSpec, ParamGroup, Part};
 use clip_host_plugin_api::describe::Kind;
 use clip_host_plugin_api::scheduler::{Progress, ScheduleAnswer, ScheduleRequest};
 use clip_host_plugins::{ConfigError, Plugin, PluginError, Registry};
@@ -111,7 +111,9 @@ impl Plugins {
             precision: match recipe.precision {
                 Precision::F32 => clip_host_model::Precision::F32,
                 Precision::Bf16 => clip_host_model::Precision::Bf16,
+                Precision::Fp16 => clip_host_model::Precision::Fp16,
             },
+            grad_scaler: grad_scaler(recipe.train.grad_scaler.unwrap_or_default()),
             halves: Halves {
                 image_encoder: recipe.model.image_encoder.weights_dtype == Dtype::Bf16,
                 text_encoder: recipe.model.text_encoder.weights_dtype == Dtype::Bf16,
@@ -143,6 +145,11 @@ impl Plugins {
         let size = self.text_encoder.config.get("vocab_size")?.as_u64()?;
         usize::try_from(size).ok()
     }
+}
+
+fn grad_scaler(settings: clip_host_recipe::GradScaler) -> GradScaler {
+    let clip_host_recipe::GradScaler { init_scale, growth_factor, backoff_factor, growth_interval } = settings;
+    GradScaler { init_scale, growth_factor, backoff_factor, growth_interval }
 }
 
 fn param_group(group: &clip_host_recipe::ParamGroup, lr: f64) -> ParamGroup {
@@ -208,12 +215,21 @@ pub fn config_error(recipe: &Recipe, section: &str, error: ConfigError) -> Recip
     recipe.error_at(path.trim_end_matches('.'), error.part, message, error.hint.or_else(inspect))
 }
 
-/// What a recipe asks for that this machine does not have, all at once.
+/// What a recipe asks for that this machine does not have, or that its precision has no use for, all at once.
 pub fn check_backend(recipe: &Recipe) -> Vec<RecipeError> {
-    match recipe.backend {
+    let mut errors: Vec<RecipeError> = match recipe.backend {
         Backend::Cuda { .. } => device(recipe).err().map(|error| *error).into_iter().collect(),
         Backend::Auto | Backend::Cpu => vec![],
+    };
+    if recipe.train.grad_scaler.is_some() && recipe.precision != Precision::Fp16 {
+        let message = format!(
+            "expected `precision: Fp16` beside it, got `{:?}`: only there is the loss scaled",
+            recipe.precision
+        );
+        let hint = "write `grad_scaler: None`, or take it out".to_string();
+        errors.push(recipe.error_at("train.grad_scaler", clip_host_recipe::Part::Value, message, Some(hint)));
     }
+    errors
 }
 
 /// The device that a recipe asks for. `Auto` takes the first GPU if driver and libraries are there, and says what it took

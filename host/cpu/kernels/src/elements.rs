@@ -1,6 +1,6 @@
 //! Element types: what tensors are stored as. Arithmetic is in f32 whatever the type.
 
-pub use half::bf16;
+pub use half::{bf16, f16};
 
 /// A tensor to read.
 #[derive(Clone, Copy, Debug)]

@@ -56,7 +56,7 @@ mod winograd_weight_grad;
 
 pub use conv::{ConvShape, conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
 pub use copy::{copy_strided, fill, place_block};
-pub use elements::{Elements, ElementsMut, bf16};
+pub use elements::{Elements, ElementsMut, bf16, f16};
 pub use gather::{RowError, gather_rows, scatter_add_rows, scatter_rows};
 pub use gemm::{Gemm, gemm};
 pub use isa::Isa;

@@ -116,6 +116,7 @@ impl Group {
             }
             pointers[0] = worker.scalars.cast();
             let at = |address, element, start| match element {
+                // Of f16 nothing is in a loop.
                 Element::Bf16 => memory.at::<bf16>(address).add(start).cast::<u8>().cast_const(),
                 _ => memory.at::<f32>(address).add(start).cast::<u8>().cast_const(),
             };

@@ -83,6 +83,10 @@ impl Program {
         let to = place(output.target);
         let is_full = output.store == Store::Each && kernel.code[output.value].1 == Rank::Full;
         let is_nearest = output.rounding == Rounding::Nearest;
-        is_full && is_nearest && output.dtype != Element::I32 && bytes >= STREAM && to.block == 0
+        is_full
+            && is_nearest
+            && matches!(output.dtype, Element::F32 | Element::Bf16)
+            && bytes >= STREAM
+            && to.block == 0
     }
 }

@@ -2,10 +2,10 @@
 
 use super::{Load, Program, Run, SHORT, Slot, Source, Step, Work};
 use crate::memory::Memory;
-use crate::tape::Arg;
+use crate::tape::{self, Arg};
 use crate::walk::{Cols, Rows, iota, read};
 use clip_host_compiler::kernel::{Element, Instr, Rank, Rounding, Store};
-use clip_host_cpu_kernels::bf16;
+use clip_host_cpu_kernels::{bf16, f16};
 
 /// A part of the kernel's space.
 #[derive(Clone, Copy)]
@@ -292,6 +292,7 @@ impl Program {
                             (Element::Bf16, _) => {
                                 (self.loops.narrow)(value, memory.at::<bf16>(out.address).add(start), n)
                             }
+                            (Element::F16, _) => tape::narrow_f16(value, memory.at::<f16>(out.address).add(start), n),
                         }
                     }
                     Store::SumAll | Store::MaxAll => {

@@ -119,6 +119,11 @@ impl Case {
         self
     }
 
+    /// As [`Case::bf16`], with f16.
+    pub fn fp16(self, boundaries: &[&'static str]) -> Case {
+        Case { precision: Precision::Fp16, ..self.bf16(boundaries) }
+    }
+
     /// The fragment with an input of cotangents for each output, and its seeds.
     fn seeded(&self) -> (Fragment, Vec<(NodeId, NodeId)>, Vec<NodeId>) {
         let mut fragment = self.fragment.clone();

@@ -34,7 +34,7 @@ fn half(bits: u16) -> f64 {
 }
 
 /// Rounded once, as a library's f32 sum is.
-fn write(bytes: &mut [u8], at: usize, element: Element, value: f64) -> Result<()> {
+fn write(bytes: &mut [u8], at: usize, element: Element, value: f64) {
     let value = value as f32;
     match element {
         Element::F32 => bytes[4 * at..4 * at + 4].copy_from_slice(&value.to_le_bytes()),
@@ -43,9 +43,8 @@ fn write(bytes: &mut [u8], at: usize, element: Element, value: f64) -> Result<()
             let rounded = if value.is_nan() { 0x7fff } else { ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16 };
             bytes[2 * at..2 * at + 2].copy_from_slice(&rounded.to_le_bytes());
         }
-        Element::F16 => return Err(MachineError::new("a product", "the emulator writes no 16-bit IEEE results")),
+        Element::F16 => bytes[2 * at..2 * at + 2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes()),
     }
-    Ok(())
 }
 
 /// The place of element (i, j) of matrix `z`.
@@ -75,7 +74,7 @@ pub(crate) fn multiply(state: &mut State, product: &Product, addresses: &[u64]) 
             for j in 0..gemm.n {
                 let term = |k| a[place(&gemm.a, z, i, k)] * b[place(&gemm.b, z, k, j)];
                 let sum: f64 = (0..gemm.k).map(term).sum();
-                write(c, place(&gemm.c, z, i, j), gemm.c.element, f64::from(gemm.alpha) * sum)?;
+                write(c, place(&gemm.c, z, i, j), gemm.c.element, f64::from(gemm.alpha) * sum);
             }
         }
     }
@@ -138,7 +137,7 @@ pub(crate) fn convolve(state: &mut State, convolution: &Convolution, addresses: 
     }
     let bytes = state.slice(addresses[written], convolution.arguments[written].bytes)?;
     for (at, value) in tensors[written].iter().enumerate() {
-        write(bytes, at, conv.element, *value)?;
+        write(bytes, at, conv.element, *value);
     }
     if let (Some(argument), Some(&address)) = (convolution.arguments.get(3), addresses.get(3)) {
         state.slice(address, argument.bytes)?.fill(crate::POISON);

@@ -11,6 +11,7 @@ pub fn c_type(element: Element) -> &'static str {
         Element::F32 => "float",
         Element::I32 => "int",
         Element::Bf16 => "bf16",
+        Element::F16 => "f16",
     }
 }
 
