@@ -69,11 +69,20 @@ pub(crate) fn multiply(state: &mut State, product: &Product, addresses: &[u64]) 
     };
     let (a, b) = (operand(0, &gemm.a)?, operand(1, &gemm.b)?);
     let c = state.slice(addresses[2], product.arguments[2].bytes)?;
+    let mut right = vec![0.0; gemm.k * gemm.n];
+    let mut row = vec![0.0; gemm.n];
     for z in 0..gemm.batch {
+        // Rows without gaps, so that the inner loop is one over neighbours.
+        for (k, right) in right.chunks_exact_mut(gemm.n).enumerate() {
+            right.iter_mut().enumerate().for_each(|(j, v)| *v = b[place(&gemm.b, z, k, j)]);
+        }
         for i in 0..gemm.m {
-            for j in 0..gemm.n {
-                let term = |k| a[place(&gemm.a, z, i, k)] * b[place(&gemm.b, z, k, j)];
-                let sum: f64 = (0..gemm.k).map(term).sum();
+            row.fill(0.0);
+            for (k, right) in right.chunks_exact(gemm.n).enumerate() {
+                let left = a[place(&gemm.a, z, i, k)];
+                row.iter_mut().zip(right).for_each(|(sum, v)| *sum += left * v);
+            }
+            for (j, sum) in row.iter().enumerate() {
                 write(c, place(&gemm.c, z, i, j), gemm.c.element, f64::from(gemm.alpha) * sum);
             }
         }
@@ -94,7 +103,7 @@ pub(crate) fn convolve(state: &mut State, convolution: &Convolution, addresses: 
         Direction::Forward => 2,
     };
     let counts = conv.elements();
-    let mut tensors = Vec::new();
+    let mut tensors = [const { Vec::new() }; 3];
     for number in 0..3 {
         let (argument, address) = (&convolution.arguments[number], addresses[number]);
         if address % 16 != 0 || argument.bytes != counts[number] * conv.element.bytes() {
@@ -102,10 +111,10 @@ pub(crate) fn convolve(state: &mut State, convolution: &Convolution, addresses: 
                 format!("operand {number} at {address:#x} has {} bytes, expected {}", argument.bytes, counts[number]);
             return Err(MachineError::new("a convolution", why));
         }
-        tensors.push(match number == written {
+        tensors[number] = match number == written {
             true => vec![0.0; counts[number]],
             false => read(state.slice(address, argument.bytes)?, conv.element),
-        });
+        };
     }
     let ([h, w], [oh, ow], [kh, kw]) = (conv.input, conv.output, conv.kernel);
     let (c, k) = (conv.channels, conv.filters);
@@ -121,15 +130,15 @@ pub(crate) fn convolve(state: &mut State, convolution: &Convolution, addresses: 
                     continue;
                 }
                 for filter in 0..k {
-                    for channel in 0..of_c {
-                        let xi = ((n * h + iy) * w + ix) * c + filter / of_k * of_c + channel;
-                        let wi = ((filter * kh + r) * kw + s) * of_c + channel;
-                        let yi = ((n * oh + oy) * ow + ox) * k + filter;
-                        match conv.direction {
-                            Direction::Forward => tensors[2][yi] += tensors[0][xi] * tensors[1][wi],
-                            Direction::InputGradient => tensors[0][xi] += tensors[2][yi] * tensors[1][wi],
-                            Direction::WeightGradient => tensors[1][wi] += tensors[0][xi] * tensors[2][yi],
-                        }
+                    let xi = ((n * h + iy) * w + ix) * c + filter / of_k * of_c;
+                    let wi = ((filter * kh + r) * kw + s) * of_c;
+                    let yi = ((n * oh + oy) * ow + ox) * k + filter;
+                    let [x, weight, y] = &mut tensors;
+                    let (x, weight) = (&mut x[xi..xi + of_c], &mut weight[wi..wi + of_c]);
+                    match conv.direction {
+                        Direction::Forward => y[yi] += x.iter().zip(&*weight).map(|(x, w)| x * w).sum::<f64>(),
+                        Direction::InputGradient => x.iter_mut().zip(&*weight).for_each(|(x, w)| *x += y[yi] * w),
+                        Direction::WeightGradient => weight.iter_mut().zip(&*x).for_each(|(w, x)| *w += y[yi] * x),
                     }
                 }
             }
