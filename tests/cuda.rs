@@ -45,7 +45,7 @@ fn a_run_is_the_cpus() {
         return;
     }
     let folder = small_run("cuda-run");
-    for (precision, bound) in [("F32", 2e-4), ("Bf16", 3e-2)] {
+    for (precision, bound) in [("F32", 2e-4), ("Bf16", 3e-2), ("Fp16", 1e-2)] {
         let set = format!("precision={precision}");
         let common = ["--steps", "5", "--set", &set];
         let cpu = format!("cpu-{precision}");
@@ -109,6 +109,8 @@ fn recipes_compile_for_gpus() {
     let mut plans: Vec<Vec<String>> = vec![
         vec![main.clone(), "precision=F32".into()],
         vec![main.clone(), "precision=Bf16".into()],
+        vec![main.clone(), "precision=Fp16".into()],
+        vec![main.clone(), "optimizer.state_dtype=Bf16".into()],
         vec![resnet, "precision=Bf16".into()],
         vec![vit, "precision=Bf16".into()],
     ];

@@ -37,8 +37,8 @@ SCAN = {
     "cpu": ["eager", "eager+nhwc", "eager+nhwc+malloc", "compile", "compile+nhwc", "compile+nhwc+malloc"],
     "cuda": ["eager+nhwc", "eager+nhwc+capture", "compile+nhwc", "compile+nhwc+graphs", "compile+nhwc+autotune"],
 }
-# clip-host's precision beside each of PyTorch's; it has neither tf32 nor fp16 in recipes.
-PRECISIONS = {"f32": "F32", "tf32": "F32", "bf16": "Bf16", "fp16": "Bf16"}
+# clip-host's precision beside each of PyTorch's; tf32 is an option of its CUDA backend.
+PRECISIONS = {"f32": "F32", "tf32": "F32", "bf16": "Bf16", "fp16": "Fp16"}
 # A run over 30 epochs of 100,000 pairs, as in the studies.
 STUDY_SAMPLES = 30 * 100_000
 GIB = float(1 << 30)
@@ -143,10 +143,12 @@ def own_precision(args: argparse.Namespace) -> str:
 
 def ours(args: argparse.Namespace, batch: int, steps: int) -> dict:
     flags = ["--batch", batch, "--image-size", args.image_size, "--steps", steps]
-    if args.on_gpu:
+    if args.on_gpu and args.precision != "tf32":
         flags += ["--backend", "cuda"]
     sets = [f"train.threads={args.threads}", *(s for s in args.set if not s.startswith("precision="))]
     sets.append(f"precision={own_precision(args)}")
+    if args.on_gpu and args.precision == "tf32":
+        sets.append("backend=Cuda(tf32: true)")
     if args.optimizer == "adamw" and not any(s.startswith("optimizer") for s in sets):
         sets += ["optimizer.plugin=adamw", "optimizer.config=()"]
     command = [args.binary, "bench", "step", args.recipe, "--synthetic", "--json", *flags]

@@ -6,7 +6,7 @@ use crate::machine::{Handle, Machine, MachineError, Recording, Result};
 use clip_host_cuda_driver::blas::{Blas, Gemm, GemmPlan, Operands};
 use clip_host_cuda_driver::compile::Cache;
 use clip_host_cuda_driver::dnn::{Conv, ConvOperands, ConvPlan, Dnn};
-use clip_host_cuda_driver::{CudaError, Device, DeviceMemory, Event, Graph, Pinned, Queue};
+use clip_host_cuda_driver::{Compute, CudaError, Device, DeviceMemory, Event, Graph, Pinned, Queue};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
@@ -27,18 +27,29 @@ const EVENTS: usize = 4096;
 /// # Errors
 /// If there is none, or a library is missing: with its name, and where it was looked for.
 pub fn open(index: usize) -> std::result::Result<Arc<dyn Machine>, CudaError> {
-    open_with(index, true)
+    open_with(index, Options::default())
 }
 
-/// As [`open`], but without cuBLASLt and cuDNN: every kernel is rendered.
+/// How a GPU computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Whether cuBLASLt and cuDNN are used where they are there; otherwise every kernel is rendered.
+    pub libraries: bool,
+    /// Whether they may round operands of f32 to ten bits of mantissa.
+    pub tf32: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { libraries: true, tf32: false }
+    }
+}
+
+/// As [`open`], with options.
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_without_libraries(index: usize) -> std::result::Result<Arc<dyn Machine>, CudaError> {
-    open_with(index, false)
-}
-
-fn open_with(index: usize, libraries: bool) -> std::result::Result<Arc<dyn Machine>, CudaError> {
+pub fn open_with(index: usize, options: Options) -> std::result::Result<Arc<dyn Machine>, CudaError> {
     let device = Device::open(index)?;
     // Without the compiler nothing could run: say so now.
     clip_host_cuda_driver::compile::version()?;
@@ -47,11 +58,12 @@ fn open_with(index: usize, libraries: bool) -> std::result::Result<Arc<dyn Machi
         tracing::warn!("{what} are computed by rendered kernels, which are slower: {error}");
     };
     let (mut blas, mut dnn) = (None, None);
-    if libraries {
+    if options.libraries {
         blas = Blas::open(&device).map_err(|error| slower("products", error)).ok();
         dnn = Dnn::open(&device).map_err(|error| slower("convolutions", error)).ok();
     }
-    Ok(Arc::new(Gpu { device, cache, blas, dnn, state: Mutex::default() }))
+    let compute = if options.tf32 { Compute::Tf32 } else { Compute::F32 };
+    Ok(Arc::new(Gpu { device, cache, blas, dnn, compute, state: Mutex::default() }))
 }
 
 /// Where compiled kernels are kept: beside other programs' caches.
@@ -70,6 +82,8 @@ struct Gpu {
     cache: Cache,
     blas: Option<Blas>,
     dnn: Option<Dnn>,
+    /// How the libraries form products of f32.
+    compute: Compute,
     state: Mutex<State>,
 }
 
@@ -143,6 +157,7 @@ impl Gpu {
 
 impl Libraries for Gpu {
     fn product(&self, gemm: &Gemm) -> Option<Ready> {
+        let gemm = &Gemm { compute: self.compute, ..*gemm };
         let mut state = self.state();
         let known = state.products.iter().position(|(known, _)| known == gemm);
         let number = match known {
@@ -165,6 +180,7 @@ impl Libraries for Gpu {
 impl Gpu {
     /// The number of a convolution's plan, if cuDNN takes it.
     fn plan_convolution(&self, conv: &Conv) -> Option<Ready> {
+        let conv = &Conv { compute: self.compute, ..*conv };
         let dnn = self.dnn.as_ref()?;
         let mut state = self.state();
         let number = match state.convolutions.iter().position(|(known, _)| known == conv) {

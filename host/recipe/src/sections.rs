@@ -169,6 +169,10 @@ pub enum Backend {
         /// Its number, from 0.
         #[serde(default)]
         device: u32,
+        /// Whether products and convolutions of f32 may round their operands to ten bits of mantissa, as PyTorch's
+        /// `allow_tf32`.
+        #[serde(default)]
+        tf32: bool,
     },
 }
 
@@ -333,8 +337,9 @@ impl Backend {
         match self {
             Backend::Auto => name("Auto"),
             Backend::Cpu => name("Cpu"),
-            Backend::Cuda { device } => {
-                let mut value = Value::section([("device", Value::int(device))]);
+            Backend::Cuda { device, tf32 } => {
+                let fields = [("device", Value::int(device)), ("tf32", Value::from(Kind::Bool(tf32)))];
+                let mut value = Value::section(fields);
                 if let Kind::Struct(name, _) = &mut value.kind {
                     *name = Some("Cuda".to_string());
                 }

@@ -112,7 +112,7 @@ fn the_resolved_recipe_loads_back() {
         "data.table={\"a b\": 1, \"c\": -1e-300}",
     ];
     let recipe = load(GOOD, &overrides).unwrap();
-    assert_eq!(recipe.backend, Backend::Cuda { device: 1 });
+    assert_eq!(recipe.backend, Backend::Cuda { device: 1, tf32: false });
     assert_eq!(recipe.precision, Precision::Bf16);
     assert_eq!((recipe.optimizer.state_dtype, recipe.model.text_encoder.weights_dtype), (Dtype::Bf16, Dtype::Bf16));
     let text = recipe.to_ron();
@@ -265,7 +265,7 @@ fn an_unknown_name() {
     for (set, precision) in [("f32", Precision::F32), ("BF16", Precision::Bf16), ("\"Bf16\"", Precision::Bf16)] {
         assert_eq!(load(GOOD, &[&format!("precision={set}")]).unwrap().precision, precision);
     }
-    assert_eq!(load(GOOD, &["backend=Cuda"]).unwrap().backend, Backend::Cuda { device: 0 });
+    assert_eq!(load(GOOD, &["backend=Cuda"]).unwrap().backend, Backend::Cuda { device: 0, tf32: false });
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::error::TrainError;
 use crate::run_folder::PluginRecord;
+use clip_host_cuda::gpu::Options;
 use clip_host_data::DataConfig;
 use clip_host_model::{Device, GradScaler, Halves, ModelError, ModelSpec, ParamGroup, Part};
 use clip_host_plugin_api::describe::Kind;
@@ -242,7 +243,7 @@ pub fn device(recipe: &Recipe) -> Result<Device, Box<RecipeError>> {
     use clip_host_recipe::Part as RecipePart;
     match recipe.backend {
         Backend::Cpu => Ok(Device::Cpu),
-        Backend::Auto => Ok(match open_gpu(0) {
+        Backend::Auto => Ok(match open_gpu(0, false) {
             Ok(gpu) => {
                 tracing::info!("backend Auto: {}, since driver and libraries are there", gpu.name());
                 Device::Cuda(gpu)
@@ -253,7 +254,7 @@ pub fn device(recipe: &Recipe) -> Result<Device, Box<RecipeError>> {
                 Device::Cpu
             }
         }),
-        Backend::Cuda { device } => match open_gpu(device as usize) {
+        Backend::Cuda { device, tf32 } => match open_gpu(device as usize, tf32) {
             Ok(gpu) => Ok(Device::Cuda(gpu)),
             Err(error) => {
                 let (message, hint) = split_hint(&error.to_string());
@@ -267,13 +268,14 @@ pub fn device(recipe: &Recipe) -> Result<Device, Box<RecipeError>> {
 
 /// Opens a GPU. Where the variable `CLIP_HOST_CUDA_EMULATOR` is set, the host's emulator stands for it: its kernels are
 /// those of the GPU, compiled for the CPU. That is slow, and for tests.
-fn open_gpu(index: usize) -> Result<Arc<dyn clip_host_cuda::Machine>, String> {
+fn open_gpu(index: usize, tf32: bool) -> Result<Arc<dyn clip_host_cuda::Machine>, String> {
     match std::env::var_os("CLIP_HOST_CUDA_EMULATOR").is_some_and(|value| !value.is_empty()) {
         true => match clip_host_cuda_emulator::Emulator::new() {
             Ok(emulator) => Ok(Arc::new(emulator)),
             Err(error) => Err(error.to_string()),
         },
-        false => clip_host_cuda::gpu::open(index).map_err(|error| error.to_string()),
+        false => clip_host_cuda::gpu::open_with(index, Options { tf32, ..Options::default() })
+            .map_err(|error| error.to_string()),
     }
 }
 

@@ -24,10 +24,11 @@ fn machines() -> Option<[Arc<dyn Machine>; 2]> {
 
 /// The GPU, with the vendor's libraries and without. Who asks for it wants no test that passes without one.
 fn gpu() -> [Arc<dyn Machine>; 2] {
-    use clip_host_cuda::gpu::{open, open_without_libraries};
+    use clip_host_cuda::gpu::{Options, open_with};
     thread_local! {
-        static GPU: [Arc<dyn Machine>; 2] =
-            [open(0), open_without_libraries(0)].map(|gpu| gpu.unwrap_or_else(|error| panic!("{error}")));
+        static GPU: [Arc<dyn Machine>; 2] = [true, false].map(|libraries| {
+            open_with(0, Options { libraries, ..Options::default() }).unwrap_or_else(|error| panic!("{error}"))
+        });
     }
     GPU.with(Clone::clone)
 }
