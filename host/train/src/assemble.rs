@@ -250,7 +250,9 @@ pub fn device(recipe: &Recipe) -> Result<Device, Box<RecipeError>> {
             }
             Err(why) => {
                 let why = why.to_string();
-                tracing::info!("backend Auto: the CPU ({})", why.lines().next().unwrap_or_default());
+                // The places that were looked in are for who insists on a GPU.
+                let why = why.lines().next().unwrap_or_default().trim_end_matches(" in:");
+                tracing::info!("backend Auto: the CPU ({why})");
                 Device::Cpu
             }
         }),
