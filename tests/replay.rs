@@ -3,9 +3,10 @@
 
 use clip_host_tests::fixtures::target;
 use clip_host_tests::golden::{Case, folder, read_tensors};
-use clip_host_tests::host::run;
+use clip_host_tests::host::{Ended, command, run};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// What `replay` writes for a golden case.
 fn replay(kind: &str, id: &str, family: &str, case: &str, config: &str, more: &[&str]) -> HashMap<String, Vec<f64>> {
@@ -17,15 +18,38 @@ fn replay(kind: &str, id: &str, family: &str, case: &str, config: &str, more: &[
     let (input, path) = (input.to_string_lossy(), output.to_string_lossy());
     let backend = match env!("CARGO_CRATE_NAME") {
         // The GPU's kernels, on the CPU.
-        "replay_emulator" => "emulator".into(),
+        "replay_emulator" => match clip_host_cuda_emulator::Emulator::new() {
+            Ok(_) => "emulator".into(),
+            Err(error) => {
+                eprintln!("skipped: the CPU's kernels are tried instead of the GPU's: {error}");
+                "cpu".to_string()
+            }
+        },
         _ => std::env::var("CLIP_HOST_TEST_BACKEND").unwrap_or("cpu".into()),
     };
     let more = [&["--backend", &backend], more].concat();
     let args = ["replay", kind, id, "--config", config, "--in", &input, "--out", &path];
-    run(Path::new("."), &[&args[..], &more].concat()).done();
+    let mut command = command(Path::new("."), &[&args[..], &more].concat());
+    if backend == "emulator" {
+        // Where NVRTC is, it compiles every kernel for these GPUs too.
+        command.env("CLIP_HOST_EMULATOR_ARCHS", archs());
+    }
+    Ended::from(command.output().expect("the program starts")).done();
     let tensors = read_tensors(&output);
     std::fs::remove_file(&output).expect("the output was written");
     tensors
+}
+
+/// The GPUs that kernels are compiled for, none without NVRTC: compute capabilities with commas.
+fn archs() -> &'static str {
+    static ARCHS: OnceLock<&str> = OnceLock::new();
+    ARCHS.get_or_init(|| match clip_host_cuda_driver::compile::version() {
+        Ok(_) => "80,90",
+        Err(error) => {
+            eprintln!("skipped: golden cases' kernels are not compiled for GPUs: {error}");
+            ""
+        }
+    })
 }
 
 /// A tolerance of the manifest: |x − y| <= absolute + relative·max|y|.

@@ -96,8 +96,13 @@ pub struct Function {
 impl Function {
     /// The function as CUDA C, with what it stands on.
     pub fn source(&self) -> String {
+        PRELUDE.to_string() + &self.definition()
+    }
+
+    /// The function alone.
+    pub fn definition(&self) -> String {
         let Function { name, text, threads } = self;
-        format!("{PRELUDE}\nextern \"C\" __global__ void __launch_bounds__({threads}) {name}{text}")
+        format!("\nextern \"C\" __global__ void __launch_bounds__({threads}) {name}{text}")
     }
 }
 
