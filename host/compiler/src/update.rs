@@ -115,7 +115,9 @@ impl Cut {
                     let (&(leaf, value), None) = (updates.next()?, updates.next()) else { return None };
                     let view = fusion.views.of(value);
                     let whole = view.offset == 0 && view.is_contiguous() && view.elements() == kernel.cols;
-                    let in_place = kernel.inputs.iter().all(|i| i.source != leaf || i.offset == 0);
+                    // A scalar is read by every point, also after its own was written.
+                    let own = |i: &Input| i.offset == 0 && i.rank == Rank::Full;
+                    let in_place = kernel.inputs.iter().all(|i| i.source != leaf || own(i));
                     let alike = storage[leaf as usize] == storage[output.target as usize];
                     let other = leaves.insert(output.target, leaf).is_some()
                         || leaves.values().filter(|&&l| l == leaf).count() > 1;

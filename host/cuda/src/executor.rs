@@ -506,6 +506,9 @@ impl Executor {
         let launched = self.launch_all();
         // Recording ends in any case: the stream would stay in it.
         let recording = self.machine.end_recording();
+        if let (Err(_), Ok(part)) = (&launched, &recording) {
+            self.machine.forget(*part);
+        }
         launched?;
         Ok(Some(recording?))
     }
@@ -575,6 +578,15 @@ impl Executor {
         };
         let address = base + (at.offset + operand.offset * element.bytes()) as u64;
         Ok(Some(download(&self.machine, address, elements(operand), element)?))
+    }
+}
+
+impl Drop for Executor {
+    fn drop(&mut self) {
+        // A recording keeps all memory that there was in its time.
+        if let Some(recording) = self.recording.take() {
+            self.machine.forget(recording);
+        }
     }
 }
 

@@ -95,7 +95,8 @@ struct State {
     products: Vec<(Gemm, GemmPlan)>,
     /// With those that cuDNN does not take.
     convolutions: Vec<(Conv, Option<ConvPlan>)>,
-    recordings: Vec<Graph>,
+    /// Those that are forgotten leave their number.
+    recordings: Vec<Option<Graph>>,
     /// What is sent ahead.
     slots: [Option<Slot>; 2],
     /// For measuring, made once; the first `noted` stand for moments.
@@ -221,10 +222,15 @@ impl Machine for Gpu {
         let mut state = self.state();
         let what = "sending images ahead";
         let slot = state.slots.get_mut(slot).ok_or_else(|| MachineError::new(what, "there is no such slot"))?;
-        if slot.as_ref().is_none_or(|slot| slot.pinned.bytes() < bytes.len()) {
-            let pinned = self.device.pinned(bytes.len()).map_err(failed(what))?;
-            let event = || self.device.event().map_err(failed(what));
-            *slot = Some(Slot { pinned, arrived: event()?, read: event()?, is_read: false });
+        let pinned = || self.device.pinned(bytes.len()).map_err(failed(what));
+        match slot {
+            Some(slot) if slot.pinned.bytes() >= bytes.len() => {}
+            // Marks stay: what was sent before may not have been read yet.
+            Some(slot) => slot.pinned = pinned()?,
+            None => {
+                let event = || self.device.event().map_err(failed(what));
+                *slot = Some(Slot { pinned: pinned()?, arrived: event()?, read: event()?, is_read: false });
+            }
         }
         let Some(slot) = slot else { return Ok(()) };
         // The copy before from this page-locked memory has been waited for by the step that read it.
@@ -317,15 +323,20 @@ impl Machine for Gpu {
     fn end_recording(&self) -> Result<Recording> {
         let graph = self.device.end_capture().map_err(failed("recording the step"))?;
         let mut state = self.state();
-        state.recordings.push(graph);
+        state.recordings.push(Some(graph));
         Ok(Recording(state.recordings.len() - 1))
     }
 
     fn replay(&self, recording: Recording) -> Result<()> {
         let state = self.state();
         let unknown = || MachineError::new("replaying the step", "there is no such recording");
-        let graph = state.recordings.get(recording.0).ok_or_else(unknown)?;
+        let graph = state.recordings.get(recording.0).and_then(Option::as_ref).ok_or_else(unknown)?;
         self.device.replay(graph).map_err(failed("replaying the step"))
+    }
+
+    fn forget(&self, recording: Recording) {
+        // It is dropped without the lock: memory that it kept last waits for work under way.
+        let _graph = self.state().recordings.get_mut(recording.0).and_then(Option::take);
     }
 
     fn note_moment(&self) -> Result<()> {

@@ -85,6 +85,9 @@ pub trait Machine: Libraries + Send + Sync + Debug {
     /// Does recorded work.
     fn replay(&self, recording: Recording) -> Result<()>;
 
+    /// Forgets recorded work, with the memory that it keeps.
+    fn forget(&self, recording: Recording);
+
     /// Milliseconds that each piece of work takes, measured on the device between calls of this function: it notes a
     /// moment in the stream. [`Machine::moments`] gives them.
     fn note_moment(&self) -> Result<()>;

@@ -3,10 +3,15 @@
 //!
 //! Each launch sees its arguments through copies with poisoned margins. A kernel that reads or writes outside what its
 //! launch declares, or leaves a part of a result unwritten, is found at once.
+//!
+//! A GPU runs threads and blocks in no order. [`Emulator::in_other_orders`] therefore repeats launches with other orders of
+//! blocks and of a block's threads, and other poison: results that differ in any byte are a race, or come from memory that
+//! nobody wrote.
 
+mod launch;
 mod products;
 
-use clip_host_cuda::launch::{Access, Argument, Convolution, Function, Launch, Product, Work};
+use clip_host_cuda::launch::{Convolution, Function, Launch, Product, Work};
 use clip_host_cuda::library::{Libraries, Ready};
 use clip_host_cuda::machine::{Handle, Machine, MachineError, Recording, Result};
 use clip_host_cuda::render::PRELUDE;
@@ -14,7 +19,7 @@ use clip_host_cuda_driver::blas::Gemm;
 use clip_host_cuda_driver::compile;
 use clip_host_cuda_driver::dnn::Conv;
 use libloading::Library;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::Command;
@@ -22,11 +27,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-/// Bytes before and after a launch's view of memory.
-const MARGIN: usize = 4096;
-/// Bytes of a thread's stack, and the most threads of a block; as in `shim.hpp`.
-const STACK: usize = 64 << 10;
-const THREADS: usize = 1024;
 /// What is nobody's: as f32, bf16 and f16 not a number, as an id -1.
 const POISON: u8 = 0xff;
 
@@ -42,8 +42,24 @@ fn archs() -> Result<Vec<(u32, u32)>> {
     text.split(',').filter(|part| !part.trim().is_empty()).map(number).collect()
 }
 
-type Entry = unsafe extern "C" fn(*mut *mut u8);
-type Run = unsafe extern "C" fn(Entry, *mut *mut u8, *const u32, u32, *mut u8) -> i32;
+/// Which launches run in other orders as well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Orders {
+    #[default]
+    Ascending,
+    /// The first launch of each function and grid.
+    First,
+    /// Every launch.
+    Every,
+}
+
+/// Which launches the variable `CLIP_HOST_EMULATOR_ORDERS` asks for: with `1`, every one.
+fn orders() -> Orders {
+    match std::env::var("CLIP_HOST_EMULATOR_ORDERS").is_ok_and(|v| v == "1") {
+        true => Orders::Every,
+        false => Orders::Ascending,
+    }
+}
 
 /// The host as a GPU.
 #[derive(Debug)]
@@ -64,6 +80,9 @@ struct State {
     functions: Vec<Compiled>,
     /// Of the threads of a block, end to end; untouched ones take no memory.
     stacks: Vec<u64>,
+    orders: Orders,
+    /// Functions and grids that ran in other orders.
+    reordered: HashSet<(usize, [u32; 3])>,
     moments: Vec<Instant>,
     recording: Option<Vec<Recorded>>,
     recordings: Vec<Vec<Recorded>>,
@@ -75,8 +94,10 @@ type Recorded = (Handle, Work, Vec<u64>);
 #[derive(Debug)]
 struct Compiled {
     name: String,
-    entry: Entry,
-    run: Run,
+    entry: launch::Entry,
+    run: launch::Run,
+    /// First byte of its shared memory, and one past the last.
+    shared: [usize; 2],
     _library: Arc<Library>,
 }
 
@@ -92,7 +113,8 @@ impl Emulator {
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
         match Command::new(&compiler).arg("--version").output() {
             Ok(output) if output.status.success() => {
-                Ok(Emulator { compiler, libraries: true, archs: archs()?, state: Mutex::default() })
+                let state = Mutex::new(State { orders: orders(), ..State::default() });
+                Ok(Emulator { compiler, libraries: true, archs: archs()?, state })
             }
             _ => {
                 let why = format!("`{compiler}` does not run (hint: install a C++ compiler or set CXX)");
@@ -104,6 +126,14 @@ impl Emulator {
     /// The emulator of a machine without the vendor's libraries: every kernel is rendered.
     pub fn without_libraries(self) -> Emulator {
         Emulator { libraries: false, ..self }
+    }
+
+    /// The first launch of each function and grid runs in other orders as well; with `CLIP_HOST_EMULATOR_ORDERS=1` in the
+    /// environment every launch does, of any emulator.
+    pub fn in_other_orders(self) -> Emulator {
+        let state = self.state.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let orders = if state.orders == Orders::Every { Orders::Every } else { Orders::First };
+        Emulator { state: Mutex::new(State { orders, ..state }), ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -135,8 +165,20 @@ impl Emulator {
         for Function { name, text: body, .. } in functions {
             let arguments = body[..body.find("\n{").unwrap_or(0)].matches('*').count();
             let values: Vec<String> = (0..arguments).map(|i| format!("(A{i})a[{i}]")).collect();
+            let _ = write!(
+                text,
+                "\n#undef __shared__\n#define __shared__ static __attribute__((section(\"shared_{name}\")))\n\
+                 static void {name}{body}\n"
+            );
+            // A section's ends have names; it is not there where nothing is shared.
+            for (end, symbol) in ["start", "stop"].iter().zip(["begin", "end"]) {
+                let _ = write!(
+                    text,
+                    "extern \"C\" __attribute__((weak, visibility(\"hidden\"))) char __{end}_shared_{name}[];\n\
+                     extern \"C\" char *shared_{symbol}_{name}() {{ return __{end}_shared_{name}; }}\n"
+                );
+            }
             // Argument types are read off the function itself.
-            let _ = write!(text, "\nstatic void {name}{body}\n");
             let types: Vec<String> = (0..arguments).map(|i| format!("typename A{i}")).collect();
             let names: Vec<String> = (0..arguments).map(|i| format!("A{i}")).collect();
             let _ = write!(
@@ -169,34 +211,17 @@ impl Emulator {
         functions
             .iter()
             .map(|function| {
-                // SAFETY: both symbols were written above with these types; the library lives as long as they do.
-                let (entry, run) = unsafe {
-                    let entry = library.get::<Entry>(format!("entry_{}", function.name).as_bytes()).map_err(missing)?;
-                    (*entry, *library.get::<Run>(b"clip_host_run").map_err(missing)?)
+                // SAFETY: all symbols were written above with these types; the library lives as long as they do.
+                let (entry, run, shared) = unsafe {
+                    let name = |what: &str| format!("{what}_{}", function.name);
+                    let entry = library.get::<launch::Entry>(name("entry").as_bytes()).map_err(missing)?;
+                    let end = |what: &str| library.get::<launch::End>(name(what).as_bytes()).map_err(missing);
+                    let shared = [end("shared_begin")?() as usize, end("shared_end")?() as usize];
+                    (*entry, *library.get::<launch::Run>(b"clip_host_run").map_err(missing)?, shared)
                 };
-                Ok(Compiled { name: function.name.clone(), entry, run, _library: library.clone() })
+                Ok(Compiled { name: function.name.clone(), entry, run, shared, _library: library.clone() })
             })
             .collect()
-    }
-}
-
-/// Memory that some arguments of a launch share, copied for it.
-struct View {
-    start: u64,
-    end: u64,
-    copy: Vec<u64>,
-}
-
-impl View {
-    fn bytes(&mut self) -> &mut [u8] {
-        let len = self.copy.len() * 8;
-        // SAFETY: the vector's own memory, as bytes.
-        unsafe { std::slice::from_raw_parts_mut(self.copy.as_mut_ptr().cast(), len) }
-    }
-
-    /// Where an address lies in the copy: with the same alignment as in memory.
-    fn at(&self, address: u64) -> usize {
-        MARGIN + (self.start % 256 + address - self.start) as usize
     }
 }
 
@@ -211,91 +236,6 @@ impl State {
         }
         // SAFETY: inside the block, as just checked.
         Ok(unsafe { std::slice::from_raw_parts_mut(block.as_mut_ptr().cast::<u8>().add(offset), bytes) })
-    }
-
-    fn launch(&mut self, function: Handle, launch: &Launch, addresses: &[u64]) -> Result<()> {
-        let Some(Compiled { name, entry, run, .. }) = self.functions.get(function.0) else {
-            return Err(MachineError::new("a launch", "the function is not loaded"));
-        };
-        let (name, entry, run) = (name.clone(), *entry, *run);
-        let mut views: Vec<View> = Vec::new();
-        let mut ranges: Vec<(u64, u64)> =
-            launch.arguments.iter().zip(addresses).map(|(a, &at)| (at, at + a.bytes as u64)).collect();
-        ranges.sort_unstable();
-        for (start, end) in ranges {
-            match views.last_mut() {
-                Some(last) if start < last.end => last.end = last.end.max(end),
-                _ => views.push(View { start, end, copy: vec![] }),
-            }
-        }
-        for view in &mut views {
-            let bytes = 2 * MARGIN + 256 + (view.end - view.start) as usize;
-            view.copy = vec![u64::from_ne_bytes([POISON; 8]); bytes.div_ceil(8) + 32];
-        }
-        let find = |views: &[View], at: u64| views.iter().position(|v| v.start <= at && at < v.end).unwrap_or(0);
-        let arguments: Vec<(&Argument, u64)> = launch.arguments.iter().zip(addresses.iter().copied()).collect();
-        for &(argument, at) in arguments.iter().filter(|(a, _)| a.access != Access::Write) {
-            let from = self.slice(at, argument.bytes)?.to_vec();
-            let number = find(&views, at);
-            let view = &mut views[number];
-            let start = view.at(at);
-            view.bytes()[start..start + from.len()].copy_from_slice(&from);
-        }
-        let mut pointers: Vec<*mut u8> = Vec::new();
-        for &(_, at) in &arguments {
-            let number = find(&views, at);
-            let view = &mut views[number];
-            let start = view.at(at);
-            pointers.push(view.bytes()[start..].as_mut_ptr());
-        }
-        let before: Vec<Vec<u64>> = views.iter().map(|v| v.copy.clone()).collect();
-        if self.stacks.is_empty() {
-            self.stacks = vec![0; STACK / 8 * THREADS + 8];
-        }
-        let room = self.stacks.as_mut_ptr() as usize;
-        let stacks = self.stacks.as_mut_ptr().cast::<u8>().wrapping_add(room.next_multiple_of(64) - room);
-        // SAFETY: the entry takes as many pointers as the launch has arguments; a wild write is found below, if it does
-        // not leave the copies altogether.
-        if unsafe { run(entry, pointers.as_mut_ptr(), launch.grid.as_ptr(), launch.block[0], stacks) } != 0 {
-            return Err(MachineError::new(format!("launching {name}"), "its threads wait for each other forever"));
-        }
-        for (view, before) in views.iter_mut().zip(before) {
-            let mut allowed = vec![false; view.copy.len() * 8];
-            for &(argument, at) in arguments.iter().filter(|(a, _)| a.access != Access::Read) {
-                if view.start <= at && at < view.end {
-                    let start = view.at(at);
-                    allowed[start..start + argument.bytes].fill(true);
-                }
-            }
-            let mut old = View { start: view.start, end: view.end, copy: before };
-            let (old, new) = (old.bytes(), view.bytes());
-            let wild = (0..new.len()).find(|&i| !allowed[i] && old[i] != new[i]);
-            if let Some(byte) = wild {
-                let why = format!("it wrote byte {byte} of a view of {} bytes, outside its arguments", new.len());
-                return Err(MachineError::new(format!("launching {name}"), why));
-            }
-        }
-        for &(argument, at) in arguments.iter().filter(|(a, _)| a.access != Access::Read) {
-            let number = find(&views, at);
-            let view = &mut views[number];
-            let start = view.at(at);
-            let new = view.bytes()[start..start + argument.bytes].to_vec();
-            let read = |other: &Argument, there: u64| {
-                other.access != Access::Write && there < at + argument.bytes as u64 && at < there + other.bytes as u64
-            };
-            let poisoned = new.chunks_exact(4).position(|word| word == [POISON; 4]);
-            if argument.access == Access::Write
-                && !arguments.iter().any(|&(other, there)| read(other, there))
-                && let Some(word) = poisoned
-            {
-                return Err(MachineError::new(
-                    format!("launching {name}"),
-                    format!("it did not write word {word} of a result"),
-                ));
-            }
-            self.slice(at, argument.bytes)?.copy_from_slice(&new);
-        }
-        Ok(())
     }
 }
 
@@ -419,6 +359,12 @@ impl Machine for Emulator {
             Work::Product(product) => products::multiply(&mut state, product, arguments),
             Work::Convolution(convolution) => products::convolve(&mut state, convolution, arguments),
         })
+    }
+
+    fn forget(&self, recording: Recording) {
+        if let Some(recorded) = self.state().recordings.get_mut(recording.0) {
+            recorded.clear();
+        }
     }
 
     fn note_moment(&self) -> Result<()> {

@@ -3,6 +3,7 @@
 typedef decltype(sizeof(0)) size_t;
 extern "C" {
 void *memcpy(void *, const void *, size_t);
+void *memset(void *, int, size_t);
 void abort(void);
 float expf(float), logf(float), sqrtf(float), tanhf(float), erff(float), sinf(float), cosf(float), fabsf(float);
 float powf(float, float);
@@ -14,8 +15,8 @@ float powf(float, float);
 #define __restrict__ __restrict
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
-// Blocks run one after the other, so that a block's memory may be the function's.
-#define __shared__ static
+// `__shared__` is defined before each function: blocks run one after the other, so that a block's memory may be the
+// function's, in a section of its own that is poisoned before each block.
 
 struct Dim3 { unsigned int x, y, z; };
 static Dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -59,6 +60,23 @@ static void *scheduler;
 static void (*entry)(void **);
 static void **entry_arguments;
 static unsigned int exchange[1024];
+// Of the threads of a block: who runs first, second, ...
+static unsigned int sequence[1024];
+static char *shared_begin, *shared_end;
+static int shared_poison;
+
+// Number `i` of `count` in one of the orders: 0 ascending, 1 descending, others as if shuffled.
+static size_t in_order(size_t i, size_t count, unsigned int order) {
+    if (order == 0) return i;
+    if (order == 1) return count - 1 - i;
+    size_t step = 1000003ull * order;
+    for (;; step++) {
+        size_t a = step, b = count;
+        while (b) { size_t rest = a % b; a = b; b = rest; }
+        if (a == 1) break;
+    }
+    return (i * (step % count) + order) % count;
+}
 
 static void wait(Wait kind) {
     Thread &self = threads[current];
@@ -68,6 +86,7 @@ static void wait(Wait kind) {
 }
 
 static void __syncthreads() { wait(AT_BLOCK); }
+static void __syncwarp() { wait(AT_WARP); }
 static int __syncthreads_or(int v) {
     exchange[current] = v;
     wait(AT_BLOCK);
@@ -102,6 +121,7 @@ static void body() {
 
 // One block. False if threads wait for others that never come.
 static bool run_block() {
+    if (shared_begin != shared_end) memset(shared_begin, shared_poison, shared_end - shared_begin);
     for (size_t i = 0; i < thread_count; i++) {
         Thread &t = threads[i];
         // As if it had been switched away from just before `body`.
@@ -113,7 +133,8 @@ static bool run_block() {
     }
     for (;;) {
         size_t done = 0, ran = 0;
-        for (size_t i = 0; i < thread_count; i++) {
+        for (size_t turn = 0; turn < thread_count; turn++) {
+            size_t i = sequence[turn];
             Thread &t = threads[i];
             if (t.wait == DONE) done++;
             if (t.wait != READY) continue;
@@ -142,23 +163,37 @@ static bool run_block() {
     }
 }
 
-extern "C" int clip_host_run(void (*function)(void **), void **arguments, const unsigned int *grid, unsigned int count,
-                             char *stacks) {
+// What a launch is besides its function and arguments.
+struct Terms {
+    const unsigned int *grid;
+    unsigned int threads, order;
+    char *stacks, *shared_begin, *shared_end;
+    int poison;
+};
+
+extern "C" int clip_host_run(void (*function)(void **), void **arguments, const Terms *terms) {
+    const unsigned int *grid = terms->grid;
     entry = function;
     entry_arguments = arguments;
     gridDim = {grid[0], grid[1], grid[2]};
-    blockDim = {count, 1, 1};
-    thread_count = count;
+    blockDim = {terms->threads, 1, 1};
+    thread_count = terms->threads;
+    shared_begin = terms->shared_begin;
+    shared_end = terms->shared_end;
+    shared_poison = terms->poison;
     for (size_t i = 0; i < thread_count; i++) {
-        threads[i].stack = stacks + i * STACK;
+        threads[i].stack = terms->stacks + i * STACK;
+        threads[i].index = {(unsigned int)i, 0, 0};
         exchange[i] = 0;
+        sequence[i] = in_order(i, thread_count, terms->order);
     }
-    for (size_t i = 0; i < thread_count; i++) threads[i].index = {(unsigned int)i, 0, 0};
-    for (unsigned int z = 0; z < grid[2]; z++)
-        for (unsigned int y = 0; y < grid[1]; y++)
-            for (unsigned int x = 0; x < grid[0]; x++) {
-                blockIdx = {x, y, z};
-                if (!run_block()) return 1;
-            }
+    const size_t blocks = (size_t)grid[0] * grid[1] * grid[2];
+    for (size_t turn = 0; turn < blocks; turn++) {
+        const size_t block = in_order(turn, blocks, terms->order);
+        const size_t plane = (size_t)grid[0] * grid[1];
+        blockIdx = {(unsigned int)(block % grid[0]), (unsigned int)(block % plane / grid[0]),
+                    (unsigned int)(block / plane)};
+        if (!run_block()) return 1;
+    }
     return 0;
 }

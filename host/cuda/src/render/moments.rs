@@ -1,7 +1,7 @@
 //! Batch statistics.
 
 use super::own::{Source, Target};
-use super::text::{Draft, Parameters};
+use super::text::{Draft, Parameters, blocks};
 use crate::launch::{Access, Address, Block};
 
 const THREADS: usize = 256;
@@ -70,7 +70,7 @@ pub fn moments(x: &Source, rows: usize, cols: usize, to: Target) -> Vec<Draft> {
 ",
         three = 3 * cols,
     );
-    let first = parameters.draft(THREADS as u32, [chunks as u32, tiles as u32, 1], &text);
+    let first = parameters.draft(THREADS as u32, [blocks(chunks), blocks(tiles), 1], &text);
 
     let mut parameters = Parameters::default();
     parameters.raw("const float *w", partials, bytes, Access::Read, 4);
@@ -114,6 +114,6 @@ pub fn moments(x: &Source, rows: usize, cols: usize, to: Target) -> Vec<Draft> {
         three = 3 * cols,
         rest = rows - (chunks - 1) * chunk,
     );
-    let second = parameters.draft(THREADS as u32, [cols.div_ceil(columns) as u32, 1, 1], &text);
+    let second = parameters.draft(THREADS as u32, [blocks(cols.div_ceil(columns)), 1, 1], &text);
     vec![first, second]
 }

@@ -1,6 +1,6 @@
 //! Kernels with a text of their own: copies, padding, tables, images.
 
-use super::text::{Draft, Parameters, dot, index_type};
+use super::text::{Draft, Parameters, blocks, dot, index_type};
 use crate::launch::{Access, Address, Block, control};
 use clip_host_compiler::kernel::{Element, Operand};
 use clip_host_plugin_api::ir::NodeId;
@@ -93,7 +93,7 @@ pub fn block(from: &Source, to: Target, shape: &[usize], before: &[usize], fill:
                     inside.push(format!("{at} < {}", before[d] + sizes[d]));
                 }
                 if from_strides[d] != 0 && sizes[d] != 1 {
-                    terms.push(format!("({at} - {}) * {}", before[d], from_strides[d]));
+                    terms.push(format!("(u64)({at} - {}) * {}", before[d], from_strides[d]));
                 }
             }
             let (inside, at) = (joined(inside, " && ", "true"), joined(terms, " + ", "0"));
@@ -105,7 +105,12 @@ pub fn block(from: &Source, to: Target, shape: &[usize], before: &[usize], fill:
             let to_strides = strides(shape);
             let start: usize = before.iter().zip(&to_strides).map(|(b, s)| b * s).sum();
             let (at, into) = (dot("i", &sizes, &from_strides), dot("i", &sizes, &to_strides));
-            format!("        narrow(widen(p[{at}]), q[{start} + {into}]);\n")
+            let start = if start == 0 { String::new() } else { format!("(u64){start} + ") };
+            match from.element == to.element {
+                // As it is: an id does not go through a float.
+                true => format!("        q[{start}{into}] = p[{at}];\n"),
+                false => format!("        narrow(widen(p[{at}]), q[{start}{into}]);\n"),
+            }
         }
     };
     let whole = fill.is_some() || from.elements() == count;
@@ -184,7 +189,7 @@ pub fn scatter_add(ids: &Source, rows: &Source, to: Target, shape: &[usize]) -> 
 ",
         words = THREADS / 32,
     );
-    parameters.draft(THREADS as u32, [count as u32, tiles as u32, 1], &text)
+    parameters.draft(THREADS as u32, [blocks(count), blocks(tiles), 1], &text)
 }
 
 /// Replaces rows of a table; of equal ids the last one's row stays. A block for each given row.
@@ -209,7 +214,7 @@ pub fn scatter(ids: &Source, rows: &Source, to: Target, shape: &[usize]) -> Draf
         narrow(widen(p[(u64)blockIdx.x * {width} + col]), q[(u64)id * {width} + col]);
 "
     );
-    parameters.draft(THREADS as u32, [given as u32, 1, 1], &text)
+    parameters.draft(THREADS as u32, [blocks(given), 1, 1], &text)
 }
 
 /// Writes scalars one after the other.

@@ -4,7 +4,7 @@
 //! they know.
 
 use super::own::{Source, Target};
-use super::text::{Draft, Parameters, dot};
+use super::text::{self, Draft, Parameters, dot};
 use crate::launch::{Access, Address, Block};
 use clip_host_plugin_api::ir::Conv;
 
@@ -102,7 +102,7 @@ impl Product {
             walk_a = walk(left_along_k, "mm"),
             walk_b = walk(right_along_k, "nn"),
         );
-        let grid = [blocks as u32, parts as u32, 1];
+        let grid = [text::blocks(blocks), text::blocks(parts), 1];
         let mut drafts = vec![parameters.draft(THREADS as u32, grid, &text)];
         if parts > 1 {
             drafts.push(sum_of_parts(partials, parts, elements, to));
@@ -124,7 +124,7 @@ fn sum_of_parts(partials: Address, parts: usize, elements: usize, to: Target) ->
     narrow(v, q[i]);
 "
     );
-    parameters.draft(THREADS as u32, [elements.div_ceil(THREADS) as u32, 1, 1], &text)
+    parameters.draft(THREADS as u32, [text::blocks(elements.div_ceil(THREADS)), 1, 1], &text)
 }
 
 /// A batched product over strided operands.

@@ -25,10 +25,21 @@ pub fn index_type(count: usize) -> &'static str {
     if count < 1 << 30 { "u32" } else { "u64" }
 }
 
-/// `Σ coordinate[d] · factor[d]`, where the coordinates are those of `flat` over `dims`, outermost first.
+/// Blocks along an axis of a grid. More than 32 bits hold are more than the scheduler lets through.
+pub fn blocks(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+/// Offsets from which terms are 64 bits wide: two sums below it, added, still fit 32.
+const WIDE: usize = 1 << 31;
+
+/// `Σ coordinate[d] · factor[d]`, where the coordinates are those of `flat` over `dims`, outermost first. It is as wide as its
+/// value needs, however narrow `flat` is: few elements may lie far apart.
 pub fn dot(flat: &str, dims: &[usize], factors: &[usize]) -> String {
     let mut terms = Vec::new();
     let mut behind: usize = dims.iter().product();
+    let reach: usize = dims.iter().zip(factors).map(|(size, factor)| size.saturating_sub(1) * factor).sum();
+    let suffix = if reach >= WIDE { "ull" } else { "" };
     for (d, (&size, &factor)) in dims.iter().zip(factors).enumerate() {
         behind /= size.max(1);
         if factor == 0 || size == 1 {
@@ -42,7 +53,8 @@ pub fn dot(flat: &str, dims: &[usize], factors: &[usize]) -> String {
         if dims[..d].iter().any(|&s| s != 1) {
             term = format!("{term} % {size}");
         }
-        terms.push(if factor == 1 { format!("({term})") } else { format!("({term}) * {factor}") });
+        // A sum is as wide as its widest term.
+        terms.push(if factor == 1 { format!("({term})") } else { format!("({term}) * {factor}{suffix}") });
     }
     if terms.is_empty() { "0".into() } else { terms.join(" + ") }
 }
@@ -131,5 +143,22 @@ impl Parameters {
         let in_place = self.overlap();
         let text = format!("({})\n{{\n{body}}}\n", self.list());
         Draft { text, grid, block: [threads, 1, 1], arguments: self.arguments, in_place }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_beyond_32_bits_are_computed_in_64() {
+        // 1,000 rows of a table with 5,000,000 columns, one element of each.
+        assert_eq!(dot("i", &[1000, 1], &[5_000_000, 1]), "(i) * 5000000ull");
+        assert_eq!(dot("i", &[100, 4], &[5_000_000, 1]), "(i / 4) * 5000000 + (i % 4)");
+    }
+
+    #[test]
+    fn grids_beyond_32_bits_are_not_cut() {
+        assert_eq!(blocks((1 << 32) + 1), u32::MAX);
     }
 }

@@ -5,14 +5,17 @@ use clip_host_cuda_emulator::Emulator;
 use std::sync::Arc;
 
 /// Emulators of machines with and without the vendor's libraries, if they run here: one for each thread, since a machine has
-/// one stream. Or the GPU.
+/// one stream. They run new kernels with threads and blocks in other orders too. Or the GPU.
 fn machines() -> Option<[Arc<dyn Machine>; 2]> {
     if std::env::var("CLIP_HOST_TEST_BACKEND").is_ok_and(|backend| backend == "cuda") {
         return Some(gpu());
     }
     thread_local! {
         static MACHINES: Option<[Arc<dyn Machine>; 2]> = match (Emulator::new(), Emulator::new()) {
-            (Ok(with), Ok(without)) => Some([Arc::new(with), Arc::new(without.without_libraries())]),
+            (Ok(with), Ok(without)) => {
+                let without = without.without_libraries();
+                Some([Arc::new(with.in_other_orders()), Arc::new(without.in_other_orders())])
+            }
             (Err(error), _) | (_, Err(error)) => {
                 eprintln!("skipped: {error}");
                 None

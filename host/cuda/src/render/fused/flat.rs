@@ -80,7 +80,7 @@ impl Renderer<'_> {
             line(&mut text, 1, &format!("s{o} = reduce_block<{THREADS}, {op}>(s{o}, room);"));
             line(&mut text, 1, &format!("if (threadIdx.x == 0) w{o}[blockIdx.x] = s{o};"));
         }
-        let mut drafts = vec![parameters.draft(THREADS as u32, [blocks as u32, 1, 1], &text)];
+        let mut drafts = vec![parameters.draft(THREADS as u32, [super::blocks(blocks), 1, 1], &text)];
         drafts.append(&mut combine);
         drafts
     }

@@ -9,9 +9,9 @@
 //! Partial sums of blocks go to scratch and are added in the blocks' order by a second launch, so that results are the
 //! same to the bit in every run.
 
-use super::text::{Draft, Parameters, dot, index_type, literal};
+use super::text::{Draft, Parameters, blocks, dot, index_type, literal};
 use crate::launch::{Access, Address, Block, control};
-use clip_host_compiler::kernel::{Element, Fused, Input, Instr, Pattern, Rank, Reg, Rounding, Store};
+use clip_host_compiler::kernel::{Element, Fused, Input, Instr, Output, Pattern, Rank, Reg, Rounding, Store};
 use clip_host_compiler::lower::operands;
 use clip_host_plugin_api::ir::{Binary, Compare, NodeId, Unary};
 use std::collections::BTreeSet;

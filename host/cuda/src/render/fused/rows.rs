@@ -106,7 +106,15 @@ impl Renderer<'_> {
             line(t, 1, "#pragma unroll");
             line(t, 1, &format!("for (int e = 0; e < {held}; e++) a{o}[e] = {zero}::zero();"));
         }
-        line(t, 1, &format!("const {index} part = blockIdx.x % {chunks}, piece = blockIdx.x / {chunks};"));
+        // Neighbouring blocks take neighbouring columns of the same rows; a grid is long along x only.
+        let block = match tiles {
+            1 => "blockIdx.x".to_string(),
+            _ => {
+                line(t, 1, &format!("const u32 tile = blockIdx.x % {tiles}, block = blockIdx.x / {tiles};"));
+                "block".to_string()
+            }
+        };
+        line(t, 1, &format!("const {index} part = {block} % {chunks}, piece = {block} / {chunks};"));
         line(t, 1, &format!("const {index} first = piece * {segment} + part * {chunk};"));
         let (last, limit) = (format!("first + {chunk}"), format!("(piece + 1) * {segment}"));
         line(t, 1, &format!("const {index} end = {last} < {limit} ? {last} : {limit};"));
@@ -125,9 +133,14 @@ impl Renderer<'_> {
         }
         self.row_values(t, self.phases);
         self.last_pass(t, &division);
+        let of_row = |o: &Output| o.store == Store::Each && self.kernel.code[o.value].1 == Rank::Row;
+        if lanes > 1 && outputs.iter().any(of_row) && parameters.overlap() {
+            // Where a row's value replaces one that all lanes read: shuffles order no memory.
+            line(t, 2, "__syncwarp();");
+        }
         for (o, output) in outputs.iter().enumerate() {
-            if output.store == Store::Each && self.kernel.code[output.value].1 == Rank::Row {
-                let once = if tiles > 1 { "valid && lane == 0 && blockIdx.y == 0" } else { "valid && lane == 0" };
+            if of_row(output) {
+                let once = if tiles > 1 { "valid && lane == 0 && tile == 0" } else { "valid && lane == 0" };
                 line(t, 2, &format!("if ({once}) {}", self.store_row(o)));
             }
         }
@@ -136,10 +149,9 @@ impl Renderer<'_> {
         for &o in &all {
             let op = operation(outputs[o].store);
             line(t, 1, &format!("s{o} = reduce_block<{threads}, {op}>(s{o}, room);"));
-            let at = if tiles > 1 { format!("blockIdx.x * {tiles} + blockIdx.y") } else { "blockIdx.x".into() };
-            line(t, 1, &format!("if (threadIdx.x == 0) w{o}[{at}] = s{o};"));
+            line(t, 1, &format!("if (threadIdx.x == 0) w{o}[blockIdx.x] = s{o};"));
         }
-        let grid = [(segments * chunks) as u32, tiles as u32, 1];
+        let grid = [blocks(segments * chunks * tiles), 1, 1];
         let mut drafts = vec![parameters.draft(threads as u32, grid, &text)];
         drafts.append(&mut combine);
         drafts
@@ -208,7 +220,7 @@ impl Renderer<'_> {
             line(text, 2, "#pragma unroll");
         }
         line(text, 2, &format!("for (int slot = 0; slot < {slots}; slot++) {{"));
-        let tile = if tiles > 1 { format!("blockIdx.y * {} + ", lanes * v) } else { String::new() };
+        let tile = if tiles > 1 { format!("tile * {} + ", lanes * v) } else { String::new() };
         line(text, 3, &format!("const u32 col = {tile}(slot * {lanes} + lane) * {v};"));
         line(text, 3, &format!("if (col >= {cols}) break;"));
         self.loads(text, 3, &regs, None);
@@ -263,7 +275,7 @@ impl Renderer<'_> {
             line(text, 1, "__syncthreads();");
             let threads = lanes * groups;
             line(text, 1, &format!("for (u32 c = threadIdx.x; c < {}; c += {threads}) {{", lanes * v));
-            let tile = if tiles > 1 { format!("blockIdx.y * {} + ", lanes * v) } else { String::new() };
+            let tile = if tiles > 1 { format!("tile * {} + ", lanes * v) } else { String::new() };
             line(text, 2, &format!("const u32 col = {tile}c;"));
             line(text, 2, "float v = column[0][c];");
             line(text, 2, &format!("for (int g = 1; g < {groups}; g++) v = {op}::join(v, column[g][c]);"));
@@ -297,9 +309,9 @@ impl Renderer<'_> {
         line(t, 1, "__syncthreads();");
         line(t, 1, &format!("if (y == 0 && col < {cols}) {{"));
         line(t, 2, &format!("for (int i = 1; i < {behind}; i++) v = {op}::join(v, room[i][x]);"));
-        line(t, 2, &format!("narrow(v, q[piece * {cols} + col]);"));
+        line(t, 2, &format!("narrow(v, q[(u64)piece * {cols} + col]);"));
         line(t, 1, "}");
-        parameters.draft((width * behind) as u32, [(segments * tiles) as u32, 1, 1], &text)
+        parameters.draft((width * behind) as u32, [blocks(segments * tiles), 1, 1], &text)
     }
 }
 
