@@ -8,6 +8,8 @@ use clip_host_plugin_api::ir::{NodeId, Op};
 use std::collections::{BTreeMap, HashMap};
 use thiserror::Error;
 
+mod kernel;
+
 /// Threads of a block at most, on every GPU that there is.
 const MAX_THREADS: u64 = 1024;
 
@@ -30,7 +32,8 @@ struct Written {
 /// By block and start.
 type Memory = HashMap<Block, BTreeMap<usize, Written>>;
 
-/// Checks every launch: sizes, alignment, aliasing, and that what is read was written before by whom the plan says.
+/// Checks every launch: sizes, alignment, aliasing, and that what is read was written before by whom the plan says; and that
+/// each kernel's launches, in the kernels' order, read and write what the kernel does, no more and no less.
 ///
 /// # Errors
 /// The first launch that does not fit.
@@ -41,16 +44,28 @@ pub fn verify(plan: &Plan, schedule: &Schedule) -> Result<(), VerifyError> {
         record(&mut memory, Address { block: Block::Leaf(number), offset: 0 }, bytes_of(plan, id), Some(id));
     }
     record(&mut memory, Address { block: Block::Control, offset: 0 }, control::BYTES, None);
+    let failed = |launch: usize, kernel: usize, why: String| {
+        let kernel = plan.kernels.get(kernel).map_or("no kernel".into(), |k| k.describe(&plan.nodes));
+        VerifyError { launch, kernel, why }
+    };
     for (index, (work, kernel)) in schedule.work.iter().enumerate() {
+        let before = index.checked_sub(1).map(|before| schedule.work[before].1);
+        if *kernel >= plan.kernels.len() || before.is_some_and(|before| before > *kernel) {
+            return Err(failed(index, *kernel, format!("kernel {kernel} follows kernel {before:?}")));
+        }
         // What an earlier kernel left in scratch is no value.
-        if index == 0 || schedule.work[index - 1].1 != *kernel {
+        if before != Some(*kernel) {
             memory.remove(&Block::Scratch);
         }
-        check(plan, schedule, &places, work, &mut memory).map_err(|why| VerifyError {
-            launch: index,
-            kernel: plan.kernels[*kernel].describe(&plan.nodes),
-            why,
-        })?;
+        check(plan, schedule, &places, work, &mut memory).map_err(|why| failed(index, *kernel, why))?;
+    }
+    let mut rest = schedule.work.as_slice();
+    for number in 0..plan.kernels.len() {
+        let (own, behind) = rest.split_at(rest.iter().take_while(|(_, kernel)| *kernel == number).count());
+        let first = schedule.work.len() - rest.len();
+        let works: Vec<&Work> = own.iter().map(|(work, _)| work).collect();
+        kernel::check(plan, schedule, &places, number, &works).map_err(|why| failed(first, number, why))?;
+        rest = behind;
     }
     Ok(())
 }
@@ -100,7 +115,7 @@ fn place(plan: &Plan, schedule: &Schedule, places: &Places, argument: &Argument)
         Block::Control => control::BYTES,
         Block::Pixels(_) | Block::Levels => return Err(format!("{:?} in a plan", at.block)),
     };
-    let end = at.offset + bytes;
+    let end = at.offset.saturating_add(bytes);
     if end > size {
         return Err(format!("bytes {}..{end} of {:?}, which has {size}", at.offset, at.block));
     }
@@ -188,7 +203,7 @@ fn aliasing(work: &Work) -> Result<(), String> {
             if b.access != Access::Read {
                 return Err(format!("arguments {i} and {j} are both written, and overlap"));
             }
-            if !(in_place && a.at == b.at && b.bytes <= a.bytes) {
+            if !(in_place && a.at == b.at && b.bytes == a.bytes) {
                 return Err(format!("argument {i} is written over argument {j}, which is read"));
             }
         }
