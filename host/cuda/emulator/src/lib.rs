@@ -143,8 +143,10 @@ impl Emulator {
 
     fn compile(&self, functions: &[&Function]) -> Result<Vec<Compiled>> {
         for arch in &self.archs {
-            for function in functions {
-                let compiled = compile::compile(&function.source(), *arch, &clip_host_cuda::gpu::OPTIONS);
+            // Many at a time, since all stand on the same.
+            for functions in functions.chunks(32) {
+                let source = functions.iter().fold(PRELUDE.to_string(), |text, f| text + &f.definition());
+                let compiled = compile::compile(&source, *arch, &clip_host_cuda::gpu::OPTIONS);
                 compiled.map_err(|e| MachineError::new(format!("compiling for sm_{}{}", arch.0, arch.1), e))?;
             }
         }
