@@ -215,8 +215,8 @@ pub struct Sizes<'a> {
     pub y: &'a [usize],
 }
 
-/// The dimensions of a contiguous tensor.
-fn dense(sizes: &[usize]) -> Vec<(usize, usize)> {
+/// The dimensions of a contiguous tensor: size and stride of each.
+pub(crate) fn dense(sizes: &[usize]) -> Vec<(usize, usize)> {
     let mut stride = 1;
     let mut dims: Vec<(usize, usize)> = Vec::new();
     for &size in sizes.iter().rev() {

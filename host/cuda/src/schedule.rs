@@ -164,7 +164,7 @@ fn items(places: &Places, kernel: &Kernel, libraries: &dyn Libraries) -> Result<
                 None => rendered(own(op, &inputs, to, shape)?),
             };
             if let Some(moments) = moments {
-                let dims = contiguous(shape);
+                let dims = library::dense(shape);
                 let view = Operand { source: *node, offset: 0, dims };
                 let y = Source { at: to.at, element: to.element, view: &view, node: Some(*node) };
                 let cols = shape.last().copied().unwrap_or(1);
@@ -199,21 +199,6 @@ fn convolution(
         Direction::WeightGradient => (a.as_slice(), shape, b.as_slice()),
     };
     library::convolution(libraries, &library::Sizes { conv, x, w, y }, direction, [first, second], to)
-}
-
-fn contiguous(shape: &[usize]) -> Vec<(usize, usize)> {
-    let mut stride = 1;
-    let mut dims: Vec<(usize, usize)> = shape
-        .iter()
-        .rev()
-        .map(|&size| {
-            let dim = (size, stride);
-            stride *= size;
-            dim
-        })
-        .collect();
-    dims.reverse();
-    dims
 }
 
 fn own(op: &Op, inputs: &[Source], to: Target, shape: &[usize]) -> Result<Vec<Draft>, ScheduleError> {

@@ -1,6 +1,8 @@
 //! A stand-in for the driver's library, with one GPU whose memory is the host's. It has no kernels. It is as strict as the
 //! driver may be: work waits in its queue until somebody waits for it, a call without a current context or with a foreign
 //! handle fails, a wait during a capture spoils the capture, and what is given back twice, or not at all, ends the process.
+//!
+//! SAFETY: as the driver's own, each function writes where its caller says. The one caller is the crate under test.
 
 #![allow(non_snake_case, clippy::missing_safety_doc)]
 
